@@ -1,0 +1,212 @@
+"""From a name in a config to a part that can be called: find it, read its schema, check values, load it.
+
+A part is one public function in its group's package. What the run passes is positional and the same for
+the whole group; what YAML passes is keyword-only. So the signature is the schema, and it is read from the
+source without importing it: neither `llmtrain explain` nor a misspelt knob waits for torch, and nothing
+that a config names runs before the config has been checked.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+from llmtrain import knobs as knob_types
+from llmtrain.knobs import ConfigError, Misfit, describe, nearest
+
+
+@dataclass(frozen=True)
+class Group:
+    """A kind of part: where its functions live, what the run gives each of them, and what it is for."""
+
+    module: str
+    given: tuple[str, ...]
+    meaning: str
+
+
+GROUPS = {
+    "model": Group("llmtrain.models", ("data",), "the architecture"),
+    "optim": Group("llmtrain.optim", ("params",), "how gradients become steps"),
+    "loss": Group("llmtrain.losses", ("outputs", "targets"), "what is minimized"),
+    "regularization": Group("llmtrain.regularization", ("weights",), "what keeps weights small"),
+    "schedule": Group("llmtrain.schedules", ("step", "steps"), "how the learning rate moves over the run"),
+    "precision": Group("llmtrain.precision", ("device",), "number formats of the arithmetic"),
+    "data": Group("llmtrain.data", ("setup",), "what is learned from"),
+    "tokenizer": Group("llmtrain.tokenizer", ("texts",), "how text becomes numbers"),
+    "init": Group("llmtrain.init", ("model",), "the weights before the first step"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of a part from its source alone.
+
+    Attributes:
+        group: The config group, such as `optim`.
+        name: What `name:` in its YAML says: a function of the group's package, or `package.module:function`.
+        module: The dotted name of the module that defines it.
+        knobs: Its keyword-only arguments and their types, in the order of the signature.
+        doc: Its docstring.
+    """
+
+    group: str
+    name: str
+    module: str
+    knobs: Mapping[str, Any]
+    doc: str
+
+    def load(self) -> Callable[..., Any]:
+        """Imports the part's module and returns its function."""
+        return getattr(importlib.import_module(self.module), self.name.rsplit(":", 1)[-1])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A part together with the checked values of its knobs."""
+
+    part: Part
+    values: Mapping[str, Any]
+
+    def build(self, *given: Any) -> Any:
+        """Calls the part with what the run gives and what the config says."""
+        return self.part.load()(*given, **self.values)
+
+    def bind(self) -> Callable[..., Any]:
+        """The part as a function of what the run gives alone: `bind()(*given) == build(*given)`."""
+        function, values = self.part.load(), dict(self.values)
+        return lambda *given: function(*given, **values)
+
+
+def parts(group: str) -> dict[str, Part]:
+    """Every part of a group, by name."""
+    return {part.name: part for part in _parts_in(GROUPS[group].module, group)}
+
+
+def find(group: str, name: Any, trust: Sequence[str] = ()) -> Part:
+    """The part that a config's `name` stands for.
+
+    Args:
+        group: The config group.
+        name: A function of the group's package, or `package.module:function` of a trusted package.
+        trust: The packages outside llmtrain whose code may run.
+
+    Raises:
+        ConfigError: If there is none of that name, or it lies in a package that is not trusted.
+    """
+    key, known = f"{group}.name", parts(group)
+    if not isinstance(name, str):
+        raise ConfigError([Misfit(key, name, "must name a part: " + ", ".join(known))])
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        rule = f"no such part in {GROUPS[group].module}; there are " + ", ".join(known)
+        raise ConfigError([Misfit(key, name, rule, nearest(name, known))])
+    module = name.split(":", 1)[0]
+    if module.split(".", 1)[0] not in trust:
+        package = module.split(".", 1)[0]
+        raise ConfigError([Misfit(key, name, f"is code from outside; it runs only with --trust {package}")])
+    found = {part.name: part for part in _parts_in(module, group)}
+    function = name.split(":", 1)[1]
+    if function not in found:
+        given = ", ".join(GROUPS[group].given)
+        rule = f"{module} has no public function {function}({given}, *, ...)"
+        raise ConfigError([Misfit(key, name, rule, nearest(function, found))])
+    part = found[function]
+    return Part(group, name, part.module, part.knobs, part.doc)
+
+
+def choose(group: str, section: Any, trust: Sequence[str] = ()) -> tuple[Choice | None, list[Misfit]]:
+    """Checks one group's section of a config: its `name` and its knobs, all misfits together."""
+    if not isinstance(section, dict):
+        return None, [Misfit(group, section, f"must be a section; choose one with {group}=NAME")]
+    try:
+        part = find(group, section.get("name"), trust)
+    except ConfigError as error:
+        return None, error.misfits
+    given = {key: value for key, value in section.items() if key != "name"}
+    values, misfits = validate(part.knobs, given)
+    return Choice(part, values), [misfit.under(group) for misfit in misfits]
+
+
+def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Misfit]]:
+    """Holds values against the types of a signature.
+
+    Args:
+        schema: The type of each knob, its range within (`Annotated[float, Gt(0)]`).
+        given: The values, by knob.
+
+    Returns:
+        The values, converted where nothing is lost (`1e6` for an integer), and every misfit.
+    """
+    import pydantic  # 0.1 s, and not needed to print help
+
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+    model = pydantic.create_model("Knobs", __config__=config, **{k: (t, ...) for k, t in schema.items()})
+    misfits = [
+        Misfit(key, value, "must be " + describe(schema[key]))
+        for key, value in given.items()
+        if isinstance(value, bool) and key in schema and not _takes_bool(schema[key])
+    ]
+    try:
+        checked = model.model_validate(dict(given))
+    except pydantic.ValidationError as error:
+        for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
+            misfits.append(_misfit(key, schema, given))
+        return dict(given), list(dict.fromkeys(misfits))
+    return {key: getattr(checked, key) for key in schema}, misfits
+
+
+def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Misfit:
+    if key not in schema:
+        return Misfit(key, given[key], "no such knob; there are " + ", ".join(schema), nearest(key, schema))
+    rule = "must be " + describe(schema[key])
+    if key not in given:
+        return Misfit(key, "(missing)", "has no value; it " + rule)
+    choices = [choice for choice in get_args(schema[key]) if isinstance(choice, str)]
+    return Misfit(key, given[key], rule, nearest(str(given[key]), choices))
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation is bool or any(_takes_bool(choice) for choice in get_args(annotation))
+
+
+def _parts_in(module: str, group: str) -> Iterator[Part]:
+    """The functions of a module, or of a package's modules, that take what the group is given."""
+    for name, path in _sources(module):
+        for node in _tree(path).body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            if tuple(arg.arg for arg in node.args.args) == GROUPS[group].given:
+                doc = ast.get_docstring(node) or ""
+                yield Part(group, node.name, name, {a.arg: _type(a) for a in node.args.kwonlyargs}, doc)
+
+
+def _sources(module: str) -> Iterator[tuple[str, Path]]:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ConfigError([Misfit("name", module, "no such module can be found")])
+    if spec.submodule_search_locations is None:
+        yield module, Path(spec.origin)
+        return
+    for path in sorted(Path(spec.origin).parent.glob("*.py")):
+        yield (module if path.stem == "__init__" else f"{module}.{path.stem}"), path
+
+
+@lru_cache(maxsize=None)
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _type(argument: ast.arg) -> Any:
+    """Evaluates an annotation with the names of `llmtrain.knobs` alone: a type, and nothing else runs."""
+    if argument.annotation is None:
+        raise TypeError(f"{argument.arg} has no type; a knob's type is its schema")
+    names = {name: getattr(knob_types, name) for name in knob_types.__all__}
+    builtins = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
+    return eval(ast.unparse(argument.annotation), {"__builtins__": builtins}, names)  # noqa: S307

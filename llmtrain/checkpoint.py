@@ -1,0 +1,297 @@
+"""What training must remember, written so that no crash can leave half of it behind.
+
+A checkpoint is a folder `step-00001000` of safetensors and JSON, never pickle. It is written under another
+name, its files synced, a manifest of SHA-256 sums last, and renamed into place: a folder of that name is
+whole. On reading, the sums are checked; what does not fit is set aside and the checkpoint before it taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmtrain.knobs import UserError
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes. Data order and schedule follow from the counters.
+
+    Attributes:
+        model: Its weights.
+        optimizer: Its running moments; its settings come from the config, not from here.
+        scaler: The scale of the loss in float16.
+        step: Optimizer steps taken: the schedule's clock.
+        batches: Batches consumed: the data's clock. Ahead of `step` by the skipped steps.
+        seconds: Time trained so far.
+        best: Step and metrics of the best evaluation; empty before the first.
+        last: The metrics of the newest evaluation.
+        pending: Loss and gradient norm (2,) of each step since the last line of the log.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    pending: list[Tensor] = field(default_factory=list)
+
+
+_COUNTERS = ("step", "batches", "seconds", "best", "last")
+
+
+def save(folder: Path, state: TrainState, keep: int, extra: dict[str, Any]) -> Path:
+    """Writes a checkpoint, then removes those that are neither among the newest `keep` nor the best.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        state: What to save.
+        keep: Newest checkpoints that stay.
+        extra: JSON values that a later run compares or needs, such as the data's fingerprint.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = folder / f"step-{state.step:08d}"
+    work = folder / f".writing-{final.name}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    tensors, scalars = _optimizer_state(state)
+    rng, python_rng = _random_state()
+    save_file({k: v.contiguous() for k, v in state.model.state_dict().items()}, work / "model.safetensors")
+    save_file(tensors, work / "optimizer.safetensors")
+    save_file(rng, work / "random.safetensors")
+    record = {
+        **{name: getattr(state, name) for name in _COUNTERS},
+        "pending": [p.tolist() for p in state.pending],
+        "scaler": state.scaler.state_dict(),
+        "optimizer": scalars,
+        "python_random": python_rng,
+        "torch": torch.__version__,
+        **extra,
+    }
+    (work / "state.json").write_text(json.dumps(record))
+    _seal(work)
+    if final.exists():  # left by a run that is being trained again from before it
+        shutil.rmtree(_aside(final, ".old-"))
+    work.rename(final)
+    _sync(folder)
+    _rotate(folder, keep, int(state.best.get("step", -1)))
+    return final
+
+
+def restore(path: Path, state: TrainState) -> dict[str, Any]:
+    """Reads a checkpoint into a state.
+
+    Returns:
+        The record that was saved with it.
+
+    Raises:
+        UserError: If its weights are not those of this model.
+    """
+    record = json.loads((path / "state.json").read_text())
+    _load_weights(path, state.model)
+    tensors = load_file(path / "optimizer.safetensors")
+    by_name = {name: p for name, p in state.model.named_parameters()}
+    slots: dict[Tensor, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, slot = key.rsplit("/", 1)
+        parameter = by_name[name]
+        device = parameter.device if tensor.dim() else tensor.device
+        slots.setdefault(parameter, {})[slot] = tensor.to(device)
+    for name, values in record["optimizer"].items():
+        slots.setdefault(by_name[name], {}).update(values)
+    _place_on_fused(state.optimizer, slots)
+    for name in _COUNTERS:
+        setattr(state, name, record[name])
+    device = next(state.model.parameters()).device
+    state.pending = [torch.tensor(p, device=device) for p in record["pending"]]
+    if record["scaler"]:
+        state.scaler.load_state_dict(record["scaler"])
+    _restore_random(load_file(path / "random.safetensors"), record["python_random"])
+    return record
+
+
+def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Reads only the weights of a checkpoint into a model; returns the record saved with them."""
+    _load_weights(path, model)
+    return json.loads((path / "state.json").read_text())
+
+
+def newest_good(folder: Path, tell: Any) -> Path | None:
+    """The newest checkpoint that is whole; those newer and broken are set aside, never deleted.
+
+    Args:
+        folder: A run's `checkpoints` folder.
+        tell: Called with a sentence for each that is set aside.
+
+    Raises:
+        UserError: If there are checkpoints and all of them are broken.
+    """
+    found = sorted(folder.glob("step-*"), reverse=True)
+    for path in found:
+        wrong = broken(path)
+        if wrong is None:
+            return path
+        aside = _aside(path, "broken-")
+        tell(f"{path}: {wrong}; set aside as {aside.name}, going on from the one before")
+    if found:
+        raise UserError(f"{folder}: every checkpoint is broken; nothing to resume from (they are kept as broken-*)")
+    return None
+
+
+def find(run: Path, which: str) -> Path:
+    """A checkpoint of a run: `best`, `last`, or a step number. A checkpoint's own folder is itself.
+
+    Raises:
+        UserError: If there is none, or it is broken.
+    """
+    if (run / "manifest.json").is_file():
+        found = run
+    else:
+        steps = sorted((run / "checkpoints").glob("step-*"))
+        if not steps:
+            raise UserError(f"{run}: holds no checkpoint")
+        found = steps[-1]
+        if which == "best":
+            best = json.loads((found / "state.json").read_text())["best"].get("step")
+            found = next((p for p in steps if best is not None and p.name == f"step-{best:08d}"), found)
+        elif which != "last":
+            named = [p for p in steps if which.isdigit() and p.name == f"step-{int(which):08d}"]
+            if not named:
+                there = ", ".join(str(int(p.name[5:])) for p in steps)
+                raise UserError(f"{run}: has no checkpoint {which}; there are best, last, {there}")
+            found = named[0]
+    wrong = broken(found)
+    if wrong is not None:
+        raise UserError(f"{found}: {wrong}")
+    return found
+
+
+def broken(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as it was written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, sha in manifest["sha256"].items():
+            if _sha256(path / name) != sha:
+                return f"{name} is not what was written (SHA-256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"the manifest cannot be read ({error})"
+    return None
+
+
+def _optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The optimizer's running values by parameter name: tensors, and plain numbers."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in state.model.named_parameters():
+        for slot, value in state.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{slot}"] = value.contiguous()
+            else:
+                scalars.setdefault(name, {})[slot] = value
+    return tensors, scalars
+
+
+def _place_on_fused(optimizer: torch.optim.Optimizer, slots: dict[Tensor, dict[str, Any]]) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in slots:
+                values = slots[parameter]
+                if group.get("fused") and "step" in values:  # fused kernels keep the step on the device
+                    values["step"] = values["step"].to(parameter.device)
+                optimizer.state[parameter] = values
+
+
+def _load_weights(path: Path, model: nn.Module) -> None:
+    tensors = load_file(path / "model.safetensors")
+    own = model.state_dict()
+    wrong = [f"{k} is missing" for k in own if k not in tensors] + [f"{k} is unknown" for k in tensors if k not in own]
+    wrong += [
+        f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path}: holds another model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(tensors)
+
+
+def _random_state() -> tuple[dict[str, Tensor], list[Any]]:
+    _, keys, position, *_ = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.append(keys, position).astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    version, internal, gauss = random.getstate()
+    return tensors, [version, list(internal), gauss]
+
+
+def _restore_random(tensors: dict[str, Tensor], python_rng: list[Any]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    numpy_state = tensors["numpy"].numpy()
+    np.random.set_state(("MT19937", numpy_state[:-1].astype(np.uint32), int(numpy_state[-1]), 0, 0.0))
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+    version, internal, gauss = python_rng
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _seal(folder: Path) -> None:
+    """Syncs every file, then writes and syncs the manifest."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        sums[path.name] = _sha256(path)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"format": 1, "sha256": sums}, indent=2) + "\n")
+    _sync(manifest)
+    _sync(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(path: Path, prefix: str) -> Path:
+    """Renames a folder to a free name with a prefix."""
+    number, aside = 1, path.with_name(prefix + path.name)
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{prefix}{path.name}-{number}")
+    return path.rename(aside)
+
+
+def _rotate(folder: Path, keep: int, best: int) -> None:
+    """Removes old checkpoints. Each is renamed first, so that a crash leaves no half of one under its name."""
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        if path.name != f"step-{best:08d}":
+            shutil.rmtree(_aside(path, ".old-"), ignore_errors=True)
+    for left in folder.glob(".old-*"):  # left by a crash
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""The `llmtrain` command: which subcommands there are, and how each is reached.
+
+Nothing heavy is imported here: help costs a few hundredths of a second, and torch is loaded only by what
+computes. Errors that a user can mend end here as one report and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+def _train(argv: list[str]) -> int:
+    from llmtrain.commands import train
+
+    return train(argv)
+
+
+def _eval(argv: list[str]) -> int:
+    from llmtrain.commands import evaluate
+
+    return evaluate(argv)
+
+
+def _generate(argv: list[str]) -> int:
+    from llmtrain.commands import generate
+
+    return generate(argv)
+
+
+def _explain(argv: list[str]) -> int:
+    from llmtrain.explain import explain
+
+    return explain(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a model:               llmtrain train model=gpt_small optim=adam"),
+    "eval": (_eval, "measure a trained model:     llmtrain eval run=runs/NAME"),
+    "generate": (_generate, 'go on from a text:           llmtrain generate run=runs/NAME prompt="def "'),
+    "explain": (_explain, "what a knob means and does:  llmtrain explain optim.lr"),
+}
+
+_HELP = """llmtrain trains large-model architectures from YAML and the command line.
+
+usage: llmtrain COMMAND [GROUP=OPTION ...] [KEY=VALUE ...]
+
+{commands}
+
+llmtrain COMMAND --help tells more of one. llmtrain --version prints the version.
+Tab completion: eval "$(llmtrain train -sc install=bash)", likewise zsh; llmtrain train -sc install=fish | source
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the process's exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())), end="")
+        return 0
+    if arguments[0] == "--version":
+        from llmtrain import __version__
+
+        print(f"llmtrain {__version__}")
+        return 0
+    if arguments[0] in ("-sc", "--shell-completion", "--shell_completion"):
+        return _complete(arguments)
+    command, *rest = arguments
+    if command not in COMMANDS:
+        return _unknown(command)
+    return _run(command, rest)
+
+
+def _run(command: str, rest: list[str]) -> int:
+    from llmtrain.knobs import ConfigError, UserError
+
+    try:
+        return COMMANDS[command][0](rest)
+    except ConfigError as error:
+        from llmtrain.report import print_misfits
+
+        print_misfits(error.misfits, command)
+        return 2
+    except UserError as error:
+        print(f"llmtrain {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone: `llmtrain explain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _unknown(command: str) -> int:
+    from difflib import get_close_matches
+
+    near = get_close_matches(command, COMMANDS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    print(f"llmtrain: no command {command!r}; there are {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
+    return 2
+
+
+def _complete(arguments: list[str]) -> int:
+    """Completion calls back without the subcommand: it is in the line that is being completed."""
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) <= 2:
+        prefix = words[1] if len(words) == 2 else ""
+        print(" ".join(name for name in COMMANDS if name.startswith(prefix)))
+        return 0
+    program, command, *rest = words
+    if command not in COMMANDS:
+        return 0
+    os.environ["COMP_LINE"] = " ".join([program, *rest])
+    return _run(command, arguments)

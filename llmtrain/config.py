@@ -1,0 +1,321 @@
+"""The config of one run: its closed sections, its chosen parts, and the check of both.
+
+`check` turns plain nested dicts (what YAML and overrides compose to) into a `RunConfig`, or raises one
+`ConfigError` with everything that is wrong. The meaning of every knob of a closed section is written here,
+its value in `conf/config.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from llmtrain.build import GROUPS, Choice, choose, validate
+from llmtrain.knobs import ConfigError, Count, Literal, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives.
+
+    Args:
+        name: Name of the run's folder under `run.dir`. null makes one from the date, the model and the
+            optimizer, so that no two runs share a folder.
+        dir: Folder that holds the folders of all runs.
+        cache: Folder of prepared data (tokens, tokenizers), shared by all runs. `~` is your home.
+    """
+
+    name: str | None
+    dir: str
+    cache: str
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and how to train.
+
+    Args:
+        steps: Length of the run in optimizer steps. Raise: lower loss, longer run, and later decay of the
+            learning rate. Lower: the opposite. Give exactly one of steps, epochs, tokens and minutes.
+        epochs: Length in passes over the training data. Raise: lower training loss, and overfitting once
+            the data has been seen too often. Lower: a shorter run.
+        tokens: Length in training tokens. Raise: lower loss, longer run. Lower: a shorter run; about 20
+            tokens per parameter is compute-optimal for a decoder (Hoffmann et al. 2022, arXiv:2203.15556).
+        minutes: Length in minutes of training, evaluation and saving included. Raise: lower loss, longer run.
+            Lower: a shorter run. Such a run depends on the machine's speed and cannot be repeated bit by bit.
+        batch_size: Samples per optimizer step over all devices. Raise: less noisy gradients and better use of
+            the device, more memory, fewer steps per token. Lower: noisier steps, more of them per token.
+        accumulate: Micro-batches that one batch is split into; gradients are added up before the step. Raise:
+            less memory, somewhat slower. Lower: more memory, faster. Never changes the mathematics.
+        grad_clip: Largest L2 norm of the whole gradient; a longer one is scaled down to it. Raise: clips less
+            often, spikes pass. Lower: clips more often, calmer and slower. null never clips.
+        compile: off: plain PyTorch. block: compiles each block of the model, which starts sooner. model:
+            compiles the whole model with its loss, which is fastest per step. Both need a C++ compiler on CPU.
+        seed: Start of every random number (weights, data order, dropout). Raise or lower: another draw; the
+            same seed on the same machine gives the same run, bit by bit on CPU.
+        device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
+        threads: CPU threads of one operation. Raise: faster until there are as many as cores. Lower: leaves
+            cores to others. null takes as many as there are cores. Other numbers of threads round differently.
+    """
+
+    steps: Count | None
+    epochs: Positive | None
+    tokens: Count | None
+    minutes: Positive | None
+    batch_size: Count
+    accumulate: Count
+    grad_clip: Positive | None
+    compile: Literal["off", "block", "model"]
+    seed: Natural
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Count | None
+
+
+@dataclass(frozen=True)
+class Eval:
+    """When and how to measure on held-out data.
+
+    Args:
+        every: Optimizer steps between evaluations; there is always one at the end. Raise: less time spent,
+            coarser curve, a later best checkpoint. Lower: finer curve, more time spent.
+        batches: Batches per evaluation, spread evenly over the held-out data, always the same ones. Raise:
+            a surer number, slower. Lower: noisier, faster. null takes all of the held-out data.
+        val_fraction: Share of the data that is held out. Raise: a surer estimate, less to learn from. Lower:
+            more to learn from, a noisier estimate.
+    """
+
+    every: Count
+    batches: Count | None
+    val_fraction: Portion
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save and what to keep.
+
+    Args:
+        every: Optimizer steps between checkpoints; there is always one at the end. Raise: less writing, more
+            work lost when a run is killed. Lower: less lost, more writing. null saves only at the end and
+            when a signal asks.
+        keep: Newest checkpoints that stay; the best by validation loss stays as well. Raise: more disk, more
+            to fall back on. Lower: less disk.
+        best: true: saves whenever the validation loss is the lowest so far. false: the best of those that
+            were saved anyway is kept.
+    """
+
+    every: Count | None
+    keep: Count
+    best: bool
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is told during a run.
+
+    Args:
+        every: Optimizer steps per line of metrics. Loss and gradient norm are means over them. Raise: smoother
+            and cheaper. Lower: finer; each line waits for the device once.
+        tensorboard: true: also writes TensorBoard events into the run's folder. false: metrics.jsonl alone.
+        picture: Path of an SVG picture of the screen, written at the end. null writes none.
+    """
+
+    every: Count
+    tensorboard: bool
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How text is made from a trained model.
+
+    Args:
+        prompt: Text to go on from.
+        tokens: Tokens to make. Raise: longer text, more time. Lower: shorter.
+        temperature: Divides the logits. Raise: more surprising, then nonsense. Lower: more predictable, then
+            repetition; 0 always takes the likeliest token.
+        top_k: Draw among this many likeliest tokens only. Raise: more variety. Lower: safer. null: no limit.
+        top_p: Draw among the likeliest tokens that together have this probability (nucleus sampling, Holtzman
+            et al. 2020, arXiv:1904.09751). Raise: more variety. Lower: safer. 1 is no limit.
+        seed: Start of the random draws. Raise or lower: another text; the same seed gives the same text.
+    """
+
+    prompt: str
+    tokens: Natural
+    temperature: NonNegative
+    top_k: Count | None
+    top_p: Share
+    seed: Natural
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `llmtrain eval` does.
+
+    Args:
+        run: A run's folder, or one of its checkpoints.
+        checkpoint: best: the lowest validation loss. last: the newest. A number: that step.
+        batches: Batches to judge by, spread evenly over the held-out data. Raise: a surer number, slower.
+            Lower: noisier, faster. null takes all of the held-out data.
+        batch_size: Samples per forward pass. Raise: faster on a GPU, more memory. Lower: less memory. null
+            takes that of training.
+        device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
+    """
+
+    run: str
+    checkpoint: str
+    batches: Count | None
+    batch_size: Count | None
+    device: Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Generation(Sample):
+    """What `llmtrain generate` does, beside the knobs of `sample`.
+
+    Args:
+        run: A run's folder, or one of its checkpoints.
+        checkpoint: best: the lowest validation loss. last: the newest. A number: that step.
+        stream: true: shows each piece of text as it is made. false: shows the whole at the end.
+        device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
+    """
+
+    run: str
+    checkpoint: str
+    stream: bool
+    device: Literal["auto", "cpu", "cuda"]
+
+
+COMMANDS: dict[str, type] = {"eval": Evaluation, "generate": Generation}
+SECTIONS: dict[str, type] = {
+    "run": Run,
+    "train": Train,
+    "eval": Eval,
+    "checkpoint": Checkpoint,
+    "log": Log,
+    "sample": Sample,
+}
+LENGTHS = ("steps", "epochs", "tokens", "minutes")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is made from. The parts are choices, the sections plain values.
+
+    Args:
+        resume: never: refuses a folder that holds a run. auto: goes on from the newest good checkpoint of the
+            run named `run.name`, or starts it. Any other text is the path of a run or a checkpoint to start
+            from in a new folder.
+    """
+
+    run: Run
+    train: Train
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+    sample: Sample
+    model: Choice
+    optim: Choice
+    loss: Choice
+    regularization: Choice
+    schedule: Choice
+    precision: Choice
+    data: Choice
+    tokenizer: Choice
+    init: Choice
+    resume: str
+
+    def plain(self) -> dict[str, Any]:
+        """The config as nested dicts of plain values, as it is written to a run's `config.yaml`."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return {"name": value.part.name, **value.values}
+    return dict(vars(value)) if type(value) in SECTIONS.values() else value
+
+
+def knobs_of(section: type) -> dict[str, Any]:
+    """The knobs of a closed section and their types."""
+    return get_type_hints(section, include_extras=True)
+
+
+def check(given: Mapping[str, Any], trust: Sequence[str] = ()) -> RunConfig:
+    """Checks a composed config, all of it before any of it is used.
+
+    Args:
+        given: Nested dicts of plain values, every interpolation resolved.
+        trust: Packages outside llmtrain that parts may come from.
+
+    Raises:
+        ConfigError: With every unknown key, wrong type, value out of range, missing value and misfit of
+            sections with each other.
+    """
+    misfits: list[Misfit] = []
+    checked: dict[str, Any] = {}
+    for key in [*SECTIONS, *GROUPS, "resume"]:
+        if key not in given:
+            misfits.append(Misfit(key, "(missing)", "has no value"))
+    for key, value in given.items():
+        if key in SECTIONS:
+            found, wrong = read_section(key, value)
+        elif key in GROUPS:
+            found, wrong = choose(key, value, trust)
+        elif key == "resume":
+            values, wrong = validate({"resume": str}, {"resume": value})
+            found = values["resume"]
+        else:
+            found, wrong = None, [_unknown(key, value, given)]
+        checked[key] = found
+        misfits += wrong
+    if not misfits:
+        misfits += _lengths(checked["train"])
+    elif isinstance(given.get("train"), dict):
+        misfits += _lengths(given["train"])
+    if misfits:
+        raise ConfigError(misfits)
+    return RunConfig(**checked)
+
+
+def check_command(command: str, given: Mapping[str, Any]) -> Any:
+    """The checked settings of `llmtrain eval` or `llmtrain generate`.
+
+    Raises:
+        ConfigError: With everything that is wrong with them.
+    """
+    values, misfits = validate(knobs_of(COMMANDS[command]), given)
+    if misfits:
+        raise ConfigError(misfits)
+    return COMMANDS[command](**values)
+
+
+def read_section(key: str, value: Any) -> tuple[Any, list[Misfit]]:
+    """A closed section from its plain values, and what is wrong with them."""
+    if not isinstance(value, dict):
+        return None, [Misfit(key, value, "must be a section with " + ", ".join(knobs_of(SECTIONS[key])))]
+    values, misfits = validate(knobs_of(SECTIONS[key]), value)
+    return (None if misfits else SECTIONS[key](**values)), [misfit.under(key) for misfit in misfits]
+
+
+def _lengths(train: Any) -> list[Misfit]:
+    """A run has exactly one length."""
+    values = train if isinstance(train, dict) else vars(train)
+    given = {name: values[name] for name in LENGTHS if values.get(name) is not None}
+    if len(given) == 1:
+        return []
+    told = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
+    rule = "a run has exactly one length; give one of " + ", ".join(f"train.{name}" for name in LENGTHS)
+    return [Misfit("train", told, rule)]
+
+
+def _unknown(key: str, value: Any, given: Mapping[str, Any]) -> Misfit:
+    """An unknown section, told with the knob that was given in it and the knob that may be meant."""
+    while isinstance(value, dict) and len(value) == 1:
+        inner, value = next(iter(value.items()))
+        key = f"{key}.{inner}"
+    known = [*SECTIONS, *GROUPS, "resume"]
+    for section in known:
+        if isinstance(given.get(section), dict):
+            known = known + [f"{section}.{knob}" for knob in given[section]]
+    return Misfit(key, value, "no such knob", nearest(key, known))

@@ -1,0 +1,83 @@
+"""Batches of samples. Which samples a batch holds is a pure function of seed and batch number."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from llmtrain.types import Batch, Samples
+
+
+class Step(NamedTuple):
+    """What one optimizer step learns from.
+
+    Attributes:
+        micro: The micro-batches, on the device.
+        count: Targets that count in this process, a host number: knowing it waits for nothing.
+    """
+
+    micro: list[Batch]
+    count: int
+
+
+class Loader:
+    """Batches of training samples, shuffled anew in every epoch, each sample once per epoch.
+
+    Args:
+        samples: What is drawn from.
+        batch_size: Samples per step over all processes.
+        accumulate: Micro-batches that a process splits its share into.
+        seed: Start of the shuffling.
+        device: Where batches go.
+        limit: Samples after which all is masked out; shapes stay the same to the end. None is no limit.
+        rank: This process's number.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        device: torch.device,
+        limit: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.samples, self.batch_size, self.accumulate = samples, batch_size, accumulate
+        self.seed, self.device, self.limit = seed, device, limit
+        self.rank, self.world = rank, world
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+
+    def sample(self, position: int) -> int:
+        """The sample at a position of the endless stream of epochs."""
+        epoch, index = divmod(position, len(self.samples))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+        return int(self._permutation[index])
+
+    def step(self, number: int) -> Step:
+        """The batch of a number (0 is the first), its copy to the device under way."""
+        share = self.batch_size // self.world
+        first = number * self.batch_size + self.rank * share
+        positions = range(first, first + share)
+        inputs, targets, mask = self.samples.take([self.sample(p) for p in positions])
+        if self.limit is not None:
+            mask[[p >= self.limit for p in positions]] = False
+        batch = to_device(inputs, targets, mask, self.device)
+        size = share // self.accumulate
+        micro = [Batch(*(t[i : i + size] for t in batch)) for i in range(0, share, size)]
+        return Step(micro, int(mask.sum()))
+
+
+def to_device(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, device: torch.device) -> Batch:
+    """Copies a batch, through pinned memory and without waiting where the device is a GPU."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (inputs, targets, mask)]
+    if device.type == "cuda":
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return Batch(*tensors)

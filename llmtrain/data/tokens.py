@@ -1,0 +1,168 @@
+"""Documents become tokens once, in memory-mapped files that later runs find by a hash of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrain.data.corpus import Document, content_hash
+from llmtrain.knobs import UserError
+from llmtrain.types import Data, DataSpec, Setup
+
+_FORMAT = 1  # raise it when the files below change their meaning
+
+
+class Windows:
+    """A stream of tokens cut into samples of `context` tokens; every token is the target of one sample.
+
+    The last window is filled up with zeros, which the mask leaves out.
+    """
+
+    def __init__(self, tokens: np.ndarray, context: int):
+        self.tokens, self.context = tokens, context
+        self._length = -(-(len(tokens) - 1) // context)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def take(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs and targets (B, T) int64 and mask (B, T) bool of the named samples."""
+        rows = np.zeros((len(indices), self.context + 1), dtype=np.int64)
+        mask = np.ones((len(indices), self.context), dtype=bool)
+        for row, index in enumerate(indices):
+            window = self.tokens[index * self.context : (index + 1) * self.context + 1]
+            rows[row, : len(window)] = window
+            mask[row, len(window) - 1 :] = False
+        return rows[:, :-1], rows[:, 1:], mask
+
+
+def prepare(
+    setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str
+) -> Data | None:
+    """Tokenizes documents, or finds them tokenized; a dry setup gets None at once.
+
+    Raises:
+        UserError: If a document cannot be read as text, or there are fewer tokens than one sample takes.
+    """
+    if setup.dry:
+        return None
+    content = content_hash([*train, *val], setup.progress)
+    key = _hash({"format": _FORMAT, "content": content, "tokenizer": setup.tokenizer_key, "train": len(train)})
+    folder = setup.cache / "tokens" / key
+    if not (folder / "meta.json").is_file():
+        _tokenize(setup, train, val, folder)
+    return _open(folder, key, content, context, about)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], folder: Path) -> None:
+    """Writes tokens into a folder of its own and renames it into place: there whole, or not at all."""
+    work = folder.with_name(f".{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    work.mkdir(parents=True)
+    try:
+        tokenizer = setup.tokenizer(piece for document in train for piece in document.pieces())
+        tokenizer.save(work / "tokenizer.json")
+        dtype = np.dtype(np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32)
+        total = sum(d.end - d.start for d in [*train, *val])
+        train_counts = _write(work / "train.bin", tokenizer, train, dtype, setup, 0, total)
+        read = sum(d.end - d.start for d in train)
+        val_counts = _write(work / "val.bin", tokenizer, val, dtype, setup, read, total)
+        meta = {
+            "dtype": dtype.name,
+            "vocab": tokenizer.vocab,
+            "train_tokens": int(train_counts.sum()),
+            "val_tokens": int(val_counts.sum()),
+            "bytes": total,
+            "unigram": _unigram(train_counts, val_counts),
+        }
+        with (work / "meta.json").open("w") as file:
+            json.dump(meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        work.rename(folder)
+    except OSError as error:
+        if not (folder / "meta.json").is_file():  # else another run was first, with the same tokens
+            raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(
+    path: Path, tokenizer: Any, documents: Sequence[Document], dtype: np.dtype, setup: Setup, read: int, total: int
+) -> np.ndarray:
+    """Encodes documents into a file, an end-of-text token after each; returns how often each id occurs."""
+    counts = np.zeros(tokenizer.vocab, dtype=np.int64)
+    stream = _pieces(documents)
+    with path.open("wb") as file:
+        while chunk := list(islice(stream, 64)):
+            for ids, (_, ends) in zip(tokenizer.encode_many([text for text, _ in chunk]), chunk, strict=True):
+                if ends and tokenizer.end is not None:
+                    ids = np.append(ids, tokenizer.end)
+                counts += np.bincount(ids, minlength=tokenizer.vocab)
+                file.write(ids.astype(dtype).tobytes())
+            read += sum(len(text.encode()) for text, _ in chunk)
+            if setup.progress is not None:
+                setup.progress("tokenizing", min(read, total), total)
+        file.flush()
+        os.fsync(file.fileno())
+    return counts
+
+
+def _pieces(documents: Sequence[Document]) -> Iterator[tuple[str, bool]]:
+    """Every piece of text, and whether its document ends with it."""
+    for document in documents:
+        held: str | None = None
+        for piece in document.pieces():
+            if held is not None:
+                yield held, False
+            held = piece
+        if held is not None:
+            yield held, True
+
+
+def _unigram(train: np.ndarray, val: np.ndarray) -> float:
+    """Loss on `val`, nats per token, of guessing by how often each token occurs in `train`, each once more."""
+    log_p = np.log((train + 1) / (train.sum() + len(train)))
+    return float(-(val * log_p).sum() / max(val.sum(), 1))
+
+
+def _open(folder: Path, key: str, content: str, context: int, about: str) -> Data:
+    from llmtrain.tokenizer import Tokenizer
+
+    meta = json.loads((folder / "meta.json").read_text())
+    dtype = np.dtype(meta["dtype"])
+    for side in ("train", "val"):
+        if meta[f"{side}_tokens"] < context + 1 and (side == "train" or meta["val_tokens"] < 2):
+            raise UserError(
+                f"{about}: {meta[f'{side}_tokens']} {side} tokens are fewer than one sample takes"
+                f" ({context + 1}); lower data.context or give more text"
+            )
+    tokens = {side: np.memmap(folder / f"{side}.bin", dtype=dtype, mode="r") for side in ("train", "val")}
+    return Data(
+        spec=DataSpec(vocab=meta["vocab"], context=context),
+        train=Windows(tokens["train"], context),
+        val=Windows(tokens["val"], context),
+        tokenizer=Tokenizer.read(folder / "tokenizer.json"),
+        fingerprint=key,
+        facts={
+            "about": about,
+            "sha256": content,
+            "bytes": meta["bytes"],
+            "train_tokens": meta["train_tokens"],
+            "val_tokens": meta["val_tokens"],
+            "bytes_per_token": meta["bytes"] / (meta["train_tokens"] + meta["val_tokens"]),
+        },
+        baseline=("unigram", meta["unigram"]),
+    )

@@ -1,0 +1,220 @@
+"""What a person sees: a summary, a live view or plain lines, and a closing table.
+
+On a terminal the view is redrawn in place; without one (a pipe, CI, a log file) the same facts come as
+plain lines. Both also go to the run's log.txt, as plain lines.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """A curve in one line of text: values averaged into `width` columns, lowest to highest."""
+    values = [v for v in values if math.isfinite(v)]
+    if not values:
+        return ""
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((m - low) * scale)] for m in means)
+
+
+def short(number: float) -> str:
+    """A number as a person says it: 1.24M, 18.2k, 3.1e-05."""
+    if number == 0 or not math.isfinite(number):
+        return str(number)
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 05 s, or 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Screen:
+    """Tells the story of a run. Everything that is shown passes through here.
+
+    Args:
+        picture: Path of an SVG of the screen, written by `close`; None writes none.
+    """
+
+    def __init__(self, picture: str | None = None):
+        terminal = sys.stdout.isatty()
+        self.console = Console(
+            record=picture is not None,
+            width=100 if picture or not terminal else None,
+            force_terminal=True if picture else None,
+            highlight=False,
+            soft_wrap=not terminal,
+        )
+        self.live_wanted = terminal
+        self._picture = picture
+        self._log: IO[str] | None = None
+        self._live: Live | None = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._told = ("", -1)
+        self._losses: list[float] = []
+        self._steps, self._begun = 0, 0.0
+        self._line: dict[str, float] = {}
+        self._val: tuple[int, dict[str, float]] | None = None
+        self._step = 0
+        self.flops_per_step, self.peak = 0.0, None
+
+    def keep_log(self, path: Path) -> None:
+        """From now on writes plain lines into a file as well."""
+        self._log = path.open("a", encoding="utf-8")
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line, to the screen and the log."""
+        self.console.print(Text(text, style=style))
+        self._note(text)
+
+    def _note(self, text: str) -> None:
+        if self._log is not None:
+            print(text, file=self._log, flush=True)
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Progress of a preparation: a bar on a terminal, a line at each quarter without one."""
+        if not self.live_wanted:
+            quarter = 4 * done // max(total, 1)
+            if self._told[0] != what or quarter > self._told[1]:
+                self._told = (what, quarter)
+                if quarter:
+                    self.say(f"{what}: {25 * quarter}% of {short(total)}B")
+            return
+        if self._progress is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(what)
+        assert self._task is not None
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def prepared(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Facts in two columns."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="cyan", no_wrap=True)
+        grid.add_column()
+        for name, value in rows:
+            grid.add_row(name, Text(value))
+        if self.live_wanted or self._picture:
+            self.console.print(Panel(grid, title=title, title_align="left", border_style="dim"))
+        else:
+            self.console.print(title)
+            for name, value in rows:
+                self.console.print(Text(f"  {name:<14} {value}"))
+        self._note("\n".join([title, *(f"  {name:<14} {value}" for name, value in rows)]))
+
+    def begin(self, steps: int, step: int) -> None:
+        """Training starts."""
+        self._steps, self._step, self._begun = steps, step, time.monotonic()
+        if self.live_wanted:
+            self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def measured(self, step: int, metrics: dict[str, float], steps: int) -> None:
+        """A line of training metrics."""
+        self._step, self._steps, self._line = step, steps, metrics
+        self._losses.append(metrics["loss"])
+        shown = (
+            f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+            f"grad norm {metrics['grad_norm']:.3f}  {short(metrics['tokens_per_second'])} tokens/s  "
+            f"{self._mfu()}{duration(self._left())} left"
+        )
+        self._tell(shown)
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of validation metrics."""
+        self._val = (step, metrics)
+        self._tell(f"step {step}  validation: " + "  ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()))
+
+    def _tell(self, line: str) -> None:
+        self._note(line)
+        if self._live is not None:
+            self._live.update(self._view())
+        else:
+            self.console.print(Text(line))
+
+    def _left(self) -> float:
+        return (self._steps - self._step) * self._line.get("step_seconds", 0.0)
+
+    def _mfu(self) -> str:
+        if self.peak is None or "step_seconds" not in self._line:
+            return ""
+        return f"MFU {self.flops_per_step / self._line['step_seconds'] / self.peak:.1%}  "
+
+    def _view(self) -> RenderableType:
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(ProgressBar(max(self._steps, 1), self._step), f"{self._step}/{self._steps} steps")
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="cyan", no_wrap=True)
+        rows.add_column(no_wrap=True)
+        line = self._line
+        if line:
+            rows.add_row("loss", f"[bold]{line['loss']:.4f}[/]  {sparkline(self._losses, 50)}")
+            rows.add_row("learning rate", f"{line['lr']:.3e}")
+            rows.add_row("gradient norm", f"{line['grad_norm']:.3f}")
+            rows.add_row("speed", f"{short(line['tokens_per_second'])} tokens/s  {self._mfu()}")
+        if self._val is not None:
+            step, metrics = self._val
+            rows.add_row("validation", "  ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()) + f"  (step {step})")
+        if line:
+            spent = time.monotonic() - self._begun
+            rows.add_row("time", f"{duration(spent)} so far, about {duration(self._left())} left")
+        title = "training" if line else "training: the first steps are under way"
+        return Panel(Group(bar, rows), title=title, title_align="left", border_style="green")
+
+    def end(self) -> None:
+        """Training ends; the last view stays on the screen."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self.live_wanted or self._picture:
+            self.console.print(self._view())
+
+    def close(self) -> None:
+        """Closes the log and writes the picture."""
+        if self._live is not None:
+            self._live.stop()
+        self.prepared()
+        if self._picture is not None:
+            Path(self._picture).parent.mkdir(parents=True, exist_ok=True)
+            self.console.save_svg(self._picture, title="llmtrain")
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+

@@ -1,0 +1,31 @@
+"""Sums over all devices and who speaks for them. With one process every function is a no-op."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them; 0 writes files and talks."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def total_count(count: int, device: torch.device) -> int:
+    """The sum of a host number over all processes."""
+    if world() == 1:
+        return count
+    return int(total(torch.tensor(count, device=device)).item())

@@ -1,0 +1,112 @@
+"""A run's folder: its name, who may write into it, and what lies in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.knobs import ConfigError, Misfit, UserError
+
+_NAME = re.compile(r"[\w.+=,@-]+(/[\w.+=,@-]+)*")
+
+
+def check_name(name: str | None) -> None:
+    """Refuses a run name that would lead out of the folder of runs.
+
+    Raises:
+        ConfigError: If it is absolute, climbs up, or holds other characters than file names should.
+    """
+    if name is None:
+        return
+    if not _NAME.fullmatch(name) or any(part.strip(".") == "" for part in name.split("/")):
+        rule = "must be a file name: letters, digits and . _ + = , @ -, folders separated by /, none of them .."
+        raise ConfigError([Misfit("run.name", name, rule)])
+
+
+def place(parent: str, name: str | None, stem: str) -> Path:
+    """The folder for a run, not made yet; without a name, one that no other run has."""
+    root = Path(parent).expanduser()
+    if name is not None:
+        folder = root / name
+        if not folder.resolve().is_relative_to(root.resolve()):
+            raise ConfigError([Misfit("run.name", name, f"leads out of {root} through a link")])
+        return folder
+    base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, number = root / base, 1
+    while folder.exists():
+        number += 1
+        folder = root / f"{base}-{number}"
+    return folder
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other runs out of it while this process lives.
+
+    Raises:
+        UserError: If another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(f"{folder}: another run is writing there (process {holder})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step: readers see the old text or the new, never half of it."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    with work.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    work.replace(path)
+
+
+def write_config(folder: Path, plain: dict[str, Any], overrides: list[str], choices: dict[str, str]) -> None:
+    """Writes `config.yaml` (every value, nothing to look up) and `overrides.yaml` (how it came about)."""
+    head = (
+        "# Every value of this run. Train it again, changed or not:\n"
+        "#   llmtrain train --config-dir THIS_FOLDER --config-name config run.name=NEW_NAME\n"
+    )
+    write_atomically(folder / "config.yaml", head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    came = {"overrides": overrides, "choices": choices}
+    write_atomically(folder / "overrides.yaml", yaml.safe_dump(came, sort_keys=False, allow_unicode=True))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's resolved config.
+
+    Raises:
+        UserError: If the folder holds no run.
+    """
+    path = folder / "config.yaml"
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: is not the folder of a run: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in one step."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,109 @@
+"""What the machine is and what it can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmtrain.knobs import ConfigError, Misfit
+
+# Dense matrix-product peaks in FLOP/s by what the driver calls the GPU, from NVIDIA's data sheets.
+_PEAKS = {
+    "H200": {torch.bfloat16: 989e12, torch.float16: 989e12},
+    "H100 PCIe": {torch.bfloat16: 756e12, torch.float16: 756e12},
+    "H100": {torch.bfloat16: 989e12, torch.float16: 989e12},
+    "A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12},
+    "L40S": {torch.bfloat16: 362e12, torch.float16: 362e12},
+    "L4": {torch.bfloat16: 121e12, torch.float16: 121e12},
+    "A10": {torch.bfloat16: 125e12, torch.float16: 125e12},
+    "V100": {torch.float16: 125e12, torch.float32: 15.7e12},
+    "T4": {torch.float16: 65e12, torch.float32: 8.1e12},
+    "RTX 4090": {torch.bfloat16: 165e12, torch.float16: 165e12, torch.float32: 82.6e12},
+    "RTX 3090": {torch.bfloat16: 71e12, torch.float16: 71e12, torch.float32: 35.6e12},
+}
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        ConfigError: If a GPU is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError([Misfit("train.device", wanted, "no CUDA GPU can be used here; take cpu or auto")])
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person would call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads ({model})"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's peak in FLOP/s for matrix products of a dtype, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks.get(dtype) for key, peaks in _PEAKS.items() if key in name), None)
+
+
+def count_flops(model: nn.Module, inputs: Tensor) -> int:
+    """FLOPs of one forward pass over `inputs`, by torch's counter; on the meta device nothing is computed."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(inputs)
+    return counter.get_total_flops()
+
+
+def attention_backend(model: nn.Module, inputs: Tensor, autocast: Any) -> str | None:
+    """The attention kernel that a forward pass over `inputs` takes, seen as it is dispatched; None without one."""
+
+    class Seen(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen, autocast():
+        model(inputs)
+    found = next((n for n in seen.names if "_scaled_dot_product_" in n), None)
+    return found and found.split("_scaled_dot_product_")[1].split("::")[0].removesuffix("_attention")
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, model: nn.Module, rows: int) -> float:
+    """FLOP/s of the widest matrix product of a model on this device, measured for a moment."""
+    shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear)]
+    out, width = max(shapes, key=lambda s: s[0] * s[1], default=(512, 512))
+    rows = max(min(rows, int(2e10 / (2 * out * width))), 1)
+    a = torch.ones(rows, width, device=device, dtype=dtype)
+    b = torch.ones(width, out, device=device, dtype=dtype)
+    a @ b  # the first product sets things up
+    _wait(device)
+    repeats, start = 3, time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    _wait(device)
+    return 2.0 * rows * width * out * repeats / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,119 @@
+"""Number formats of the arithmetic (config group `precision`). Weights and optimizer state stay float32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+
+from llmtrain.knobs import Count, Fraction, Positive, require
+
+
+class Precision(NamedTuple):
+    """How forward and backward are computed.
+
+    Attributes:
+        autocast: Makes the context in which the forward pass runs.
+        scaler: Scales the loss so that float16 gradients do not vanish; disabled elsewhere.
+        dtype: Format of the matrix products.
+        why: Why this one, in words.
+    """
+
+    autocast: Callable[[], AbstractContextManager]
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    why: str
+
+
+def _precision(
+    device: torch.device, dtype: torch.dtype, why: str, scaler: torch.amp.GradScaler | None = None
+) -> Precision:
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = why.startswith("tf32")
+    if dtype == torch.float32:
+        autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    else:
+        def autocast() -> AbstractContextManager:
+            return torch.autocast(device.type, dtype)
+    return Precision(autocast, scaler or torch.amp.GradScaler(device.type, enabled=False), dtype, why)
+
+
+def fp32(device: torch.device) -> Precision:
+    """Everything in float32: exact, slowest on GPUs."""
+    return _precision(device, torch.float32, "fp32: as asked")
+
+
+def tf32(device: torch.device) -> Precision:
+    """float32 with matrix products rounded to 10 bits of mantissa, on NVIDIA Ampere and newer."""
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    require(name=(capable, "tf32", f"this device ({_name(device)}) has no tf32; it takes an NVIDIA GPU from Ampere on"))
+    return _precision(device, torch.float32, "tf32: as asked")
+
+
+def bf16(device: torch.device) -> Precision:
+    """Matrix products in bfloat16: float32's range, 8 bits of mantissa, no loss scaling needed."""
+    capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    require(name=(capable, "bf16", f"this device ({_name(device)}) has no bfloat16; use precision=fp16"))
+    return _precision(device, torch.bfloat16, "bf16: as asked")
+
+
+def fp16(
+    device: torch.device,
+    *,
+    init_scale: Positive,
+    growth_factor: Positive,
+    backoff_factor: Fraction,
+    growth_interval: Count,
+) -> Precision:
+    """Matrix products in float16 with dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740).
+
+    A step whose gradients overflow is skipped, with its place in the schedule, and the scale falls.
+
+    Args:
+        init_scale: What the loss is multiplied by at first. Raise: keeps smaller gradients, more skipped steps
+            at the start. Lower: fewer skips, small gradients vanish until the scale has grown.
+        growth_factor: The scale is multiplied by this after growth_interval good steps. Raise: finds the
+            largest scale sooner, overflows more often. Lower: steadier; it must exceed 1.
+        backoff_factor: The scale is multiplied by this after an overflow. Raise: loses less range, may need
+            several skips. Lower: surely past the overflow, small gradients vanish.
+        growth_interval: Good steps in a row before the scale grows. Raise: fewer overflows. Lower: larger
+            scales sooner.
+
+    Raises:
+        ConfigError: If growth_factor is not above 1, or backoff_factor is 0.
+    """
+    require(
+        growth_factor=(growth_factor > 1, growth_factor, "must be above 1, or the scale never grows"),
+        backoff_factor=(backoff_factor > 0, backoff_factor, "must be above 0"),
+    )
+    scaler = torch.amp.GradScaler(
+        device.type,
+        init_scale=init_scale,
+        growth_factor=growth_factor,
+        backoff_factor=backoff_factor,
+        growth_interval=growth_interval,
+    )
+    return _precision(device, torch.float16, "fp16: as asked, with loss scaling", scaler)
+
+
+def auto(device: torch.device) -> Precision:
+    """bf16 where the device is fast at it, else fp32; the run says which and why."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return _precision(device, torch.bfloat16, f"bf16: {_name(device)} has bfloat16 tensor cores")
+        return _precision(device, torch.float32, f"fp32: {_name(device)} has no bfloat16 tensor cores")
+    if _cpu_has_fast_bf16():
+        return _precision(device, torch.bfloat16, "bf16: this CPU multiplies bfloat16 matrices in hardware")
+    return _precision(device, torch.float32, "fp32: this CPU has no bfloat16 instructions")
+
+
+def _cpu_has_fast_bf16() -> bool:
+    """AMX or AVX512-BF16; without them oneDNN converts to float32 and back, slower than float32."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)

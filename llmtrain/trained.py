@@ -1,0 +1,106 @@
+"""A run, opened again: measured on its held-out data, or asked for text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain import checkpoint, hardware
+from llmtrain.config import Evaluation, Generation, RunConfig, Sample, check
+from llmtrain.display import Screen
+from llmtrain.evaluate import evaluate
+from llmtrain.folder import read_config, write_json
+from llmtrain.generate import generate
+from llmtrain.knobs import ConfigError, UserError
+from llmtrain.losses import cross_entropy
+from llmtrain.run import prepare_data, summed
+from llmtrain.tasks import causal_lm
+from llmtrain.tokenizer import Tokenizer
+from llmtrain.types import DataSpec
+
+
+def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
+    """Measures a checkpoint on the run's held-out data; shows the metrics and writes `eval.json` beside it."""
+    folder, path = _locate(settings.run, settings.checkpoint)
+    config = _config(folder, trust)
+    device = _device(settings.device)
+    screen = Screen()
+    data = prepare_data(config, screen)
+    model = _model(config, data.spec, path, device)
+    precision = config.precision.build(device)
+    metrics = evaluate(
+        model,
+        summed(model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0)),
+        data.val,
+        causal_lm(data.tokenizer),
+        precision,
+        settings.batch_size or max(config.train.batch_size // config.train.accumulate, 1),
+        settings.batches,
+    )
+    rows = [(name.removeprefix("val_"), f"{value:.6g}") for name, value in metrics.items()]
+    rows += [(f"{data.baseline[0]} guess", f"{data.baseline[1]:.6g} nats/token")]
+    rows += [("data", data.facts["about"]), ("checkpoint", str(path))]
+    screen.table("llmtrain eval", rows)
+    write_json(folder / "eval.json", {"checkpoint": path.name, "batches": settings.batches, **metrics})
+    screen.close()
+    return 0
+
+
+def generate_from(settings: Generation, trust: Sequence[str]) -> int:
+    """Prints the prompt and what a checkpoint makes of it, to standard output and nothing else."""
+    folder, path = _locate(settings.run, settings.checkpoint)
+    config = _config(folder, trust)
+    device = _device(settings.device)
+    tokenizer = Tokenizer.read(folder / "tokenizer.json")
+    spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"])
+    model = _model(config, spec, path, device).eval()
+    sample = Sample(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Sample)})
+    pieces = generate(model, tokenizer, sample)
+    if settings.stream:
+        sys.stdout.write(sample.prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+    else:
+        print(sample.prompt + "".join(pieces))
+    return 0
+
+
+def _locate(run: str, which: str) -> tuple[Path, Path]:
+    """The run's folder and the checkpoint's."""
+    place = Path(run).expanduser()
+    if not place.is_dir():
+        raise UserError(f"run={run}: no such folder")
+    path = checkpoint.find(place, which)
+    folder = place if path != place else place.resolve().parent.parent
+    return folder, path
+
+
+def _config(folder: Path, trust: Sequence[str]) -> RunConfig:
+    try:
+        return check(read_config(folder), trust)
+    except ConfigError as error:
+        first = error.misfits[0]
+        raise UserError(f"{folder / 'config.yaml'}: {first.key} = {first.value}: {first.rule}") from None
+
+
+def _device(wanted: str) -> torch.device:
+    torch.set_num_threads(os.cpu_count() or 1)
+    return hardware.choose_device(wanted)
+
+
+def _model(config: RunConfig, spec: DataSpec, path: Path, device: torch.device) -> Any:
+    with torch.device("meta"):  # no weights are made only to be overwritten
+        model: nn.Module = config.model.build(spec)
+    model = model.to_empty(device=device)
+    checkpoint.load_weights(path, model)
+    return model
