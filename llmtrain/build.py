@@ -13,9 +13,9 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from llmtrain import knobs as knob_types
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest
@@ -147,7 +147,8 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
     import pydantic  # 0.1 s, and not needed to print help
 
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-    model = pydantic.create_model("Knobs", __config__=config, **{k: (t, ...) for k, t in schema.items()})
+    fields: dict[str, Any] = {k: (t, ...) for k, t in schema.items()}
+    model = pydantic.create_model("Knobs", __config__=config, **fields)
     misfits = [
         Misfit(key, value, "must be " + describe(schema[key]))
         for key, value in given.items()
@@ -198,7 +199,7 @@ def _sources(module: str) -> Iterator[tuple[str, Path]]:
         yield (module if path.stem == "__init__" else f"{module}.{path.stem}"), path
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -207,6 +208,6 @@ def _type(argument: ast.arg) -> Any:
     """Evaluates an annotation with the names of `llmtrain.knobs` alone: a type, and nothing else runs."""
     if argument.annotation is None:
         raise TypeError(f"{argument.arg} has no type; a knob's type is its schema")
-    names = {name: getattr(knob_types, name) for name in knob_types.__all__}
+    names = {name: getattr(knob_types, name) for name in knob_types.__all__} | {"Literal": Literal}
     builtins = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
-    return eval(ast.unparse(argument.annotation), {"__builtins__": builtins}, names)  # noqa: S307
+    return eval(ast.unparse(argument.annotation), {"__builtins__": builtins}, names)

@@ -84,13 +84,12 @@ def _parse(command: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]
 def _hand_over(name: str, argv: list[str], overrides: Sequence[str], task: Any = None) -> int:
     """Lets Hydra do what it does with this command line; its mistakes become ours to tell."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
-    flags, skip = [], False
+    flags: list[str] = []
+    skip = False
     for word in argv:  # the flags as they were, --trust left out, overrides mended
         if skip or word == "--trust":
             skip = not skip
-        elif word.startswith("-") and not word.startswith("--trust="):
-            flags.append(word)
-        elif flags and flags[-1] in _TAKE_VALUE:
+        elif (word.startswith("-") and not word.startswith("--trust=")) or (flags and flags[-1] in _TAKE_VALUE):
             flags.append(word)
     hydra_main(name, [*flags, *overrides], task or _nothing)
     return 0
@@ -141,21 +140,19 @@ def _check_one(job: Composed, trust: Sequence[str]) -> tuple[RunConfig | None, l
 
 
 def _train_one(config: RunConfig, job: Composed) -> int:
-    from llmtrain.run import Origin, exit_code
     from llmtrain.run import train as run_train
+    from llmtrain.story import Origin
 
-    return exit_code(run_train(config, Origin(job.choices, job.overrides)))
+    return run_train(config, Origin(job.choices, job.overrides)).exit_code
 
 
 def _sweep(name: str, argv: list[str], overrides: list[str], trust: Sequence[str]) -> int:
     """Lets Hydra's sweeper and launcher run the grid, each job under the sweep's folder."""
-    from llmtrain.run import exit_code
-
     codes = []
 
     def job(config: Any) -> float | None:
         result = _train_job(config, trust)
-        codes.append(exit_code(result))
+        codes.append(result.exit_code)
         return result.metrics.get("val_loss")
 
     _hand_over(name, argv, overrides, job)
@@ -169,8 +166,8 @@ def _train_job(composed: Any, trust: Sequence[str]) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from llmtrain.run import Origin
     from llmtrain.run import train as run_train
+    from llmtrain.story import Origin
 
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)

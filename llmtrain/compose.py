@@ -34,7 +34,7 @@ from llmtrain.knobs import ConfigError, Misfit, nearest
 
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
-_RESOLVERS = {"unless", "oc.select", "oc.deprecated", "oc.create", "oc.dict.keys", "oc.dict.values", "now", "hydra"}
+_RESOLVERS = {"unless", "over", "oc.select", "oc.deprecated", "oc.create", "oc.dict.keys", "oc.dict.values", "now", "hydra"}
 _HYDRAS_OWN = ("hydra._internal.", "hydra_plugins.")
 
 
@@ -71,8 +71,9 @@ def mend(override: str) -> str:
 
 
 def prepare(config_dir: str | None) -> None:
-    """Makes Hydra look into the user's folder before ours, and know our resolver. Call it once a process."""
+    """Makes Hydra look into the user's folder before ours, and know our resolvers. Call it once a process."""
     OmegaConf.register_new_resolver("unless", _unless, replace=True)
+    OmegaConf.register_new_resolver("over", lambda a, b: float(a) / float(b), replace=True)
     if config_dir is not None:
         folder = Path(config_dir).resolve()
         if not folder.is_dir():
@@ -109,7 +110,7 @@ def compose_jobs(config_name: str, overrides: Sequence[str], multirun: bool) -> 
         _refuse_code_paths(config_name)
         parser = OverridesParser.create(config_loader=loader)
         parsed, misfits = _parse(parser, overrides, multirun)
-        jobs = [[p.input_line for p in parsed]]
+        jobs = [[_line(p) for p in parsed]]
         if multirun:
             grid = [p for p in parsed if not p.is_hydra_override() and not _is_interval(p)]
             jobs = BasicSweeper.split_arguments(grid, None)[0]
@@ -118,6 +119,12 @@ def compose_jobs(config_name: str, overrides: Sequence[str], multirun: bool) -> 
         job.misfits = misfits + job.misfits
         job.overrides = [o for o in overrides] if not multirun else job.overrides
     return composed
+
+
+def _line(override: Override) -> str:
+    """An override as it was written."""
+    assert override.input_line is not None
+    return override.input_line
 
 
 def _is_interval(override: Override) -> bool:
@@ -145,7 +152,7 @@ def _parse(parser: OverridesParser, overrides: Sequence[str], multirun: bool) ->
 
 def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Override]) -> Composed:
     """Composes what can be composed; what cannot is told in `misfits`."""
-    job = Composed(overrides=[override.input_line for override in overrides])
+    job = Composed(overrides=[_line(override) for override in overrides])
     lines = []
     for override in overrides:
         line, misfit = _settle(override, loader)
@@ -171,7 +178,7 @@ def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Overrid
 
 def _settle(override: Override, loader: ConfigLoader) -> tuple[str | None, Misfit | None]:
     """What to hand to Hydra for one override: unknown keys are let through, for our own check to tell."""
-    group, line = override.key_or_group, override.input_line
+    group, line = override.key_or_group, _line(override)
     if override.is_hydra_override() and "/" not in group:
         return line, None
     options = loader.get_group_options(group, ObjectType.CONFIG)
@@ -250,7 +257,7 @@ def _refuse_code_paths(config_name: str) -> None:
 
 
 def _broken_yaml(error: yaml.YAMLError) -> Misfit:
-    mark = getattr(error, "problem_mark", None)
+    mark: Any = getattr(error, "problem_mark", None)
     where = f"{mark.name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else "YAML"
     return Misfit(where, getattr(error, "problem", None) or "broken", "is not valid YAML")
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from llmtrain.build import GROUPS, Choice, choose, validate
-from llmtrain.knobs import ConfigError, Count, Literal, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
+from llmtrain.knobs import ConfigError, Count, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
 
 
 @dataclass(frozen=True)

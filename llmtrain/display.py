@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -30,7 +31,7 @@ def sparkline(values: list[float], width: int) -> str:
         return ""
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((m - low) * scale)] for m in means)
@@ -84,7 +85,8 @@ class Screen:
         self._line: dict[str, float] = {}
         self._val: tuple[int, dict[str, float]] | None = None
         self._step = 0
-        self.flops_per_step, self.peak = 0.0, None
+        self.flops_per_step = 0.0
+        self.peak: float | None = None
 
     def keep_log(self, path: Path) -> None:
         """From now on writes plain lines into a file as well."""
@@ -136,6 +138,14 @@ class Screen:
             for name, value in rows:
                 self.console.print(Text(f"  {name:<14} {value}"))
         self._note("\n".join([title, *(f"  {name:<14} {value}" for name, value in rows)]))
+
+    def text(self, title: str, text: str) -> None:
+        """A longer text under a title, as it is."""
+        if self.live_wanted or self._picture:
+            self.console.print(Panel(Text(text), title=title, title_align="left", border_style="dim"))
+        else:
+            self.console.print(Text(f"{title}\n{text}"), soft_wrap=True)
+        self._note(f"{title}\n{text}")
 
     def begin(self, steps: int, step: int) -> None:
         """Training starts."""
@@ -217,4 +227,3 @@ class Screen:
         if self._log is not None:
             self._log.close()
             self._log = None
-

@@ -13,7 +13,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """This process's number among them; 0 writes files and talks."""
+    """The number of this process among them; 0 writes files and talks."""
     return dist.get_rank() if world() > 1 else 0
 
 

@@ -74,17 +74,16 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
 
 def attention_backend(model: nn.Module, inputs: Tensor, autocast: Any) -> str | None:
     """The attention kernel that a forward pass over `inputs` takes, seen as it is dispatched; None without one."""
+    names: list[str] = []
 
     class Seen(TorchDispatchMode):
-        names: list[str] = []
-
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(func.name())
+            names.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    with Seen() as seen, autocast():
+    with Seen(), autocast():
         model(inputs)
-    found = next((n for n in seen.names if "_scaled_dot_product_" in n), None)
+    found = next((n for n in names if "_scaled_dot_product_" in n), None)
     return found and found.split("_scaled_dot_product_")[1].split("::")[0].removesuffix("_attention")
 
 

@@ -29,5 +29,5 @@ def gpt2(model: nn.Module, *, std: Positive) -> None:
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
                 nn.init.zeros_(module.bias)

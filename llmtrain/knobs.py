@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
-__all__ = ["Count", "Fraction", "Length", "Literal", "Natural", "NonNegative", "Portion", "Positive", "Share"]
+__all__ = ["Count", "Fraction", "Length", "Natural", "NonNegative", "Portion", "Positive", "Share"]
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]

@@ -136,7 +136,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
 
 def _backward(state: TrainState, job: Job, batch: Step) -> Tensor:
     """Adds up the gradients of all micro-batches, divided once by the targets that count; returns the loss."""
-    count = max(total_count(batch.count, job.loader.device), 1)
+    count = max(total_count(batch.targets, job.loader.device), 1)
     sums = []
     for micro in batch.micro:
         with job.precision.autocast():

@@ -36,8 +36,10 @@ def _precision(
     if dtype == torch.float32:
         autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
     else:
+
         def autocast() -> AbstractContextManager:
             return torch.autocast(device.type, dtype)
+
     return Precision(autocast, scaler or torch.amp.GradScaler(device.type, enabled=False), dtype, why)
 
 

@@ -6,12 +6,12 @@ Works on gradients and weights directly, one fused pass over the list of weights
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmtrain.knobs import Literal, NonNegative
+from llmtrain.knobs import NonNegative
 
 
 class Regularizer(NamedTuple):

@@ -45,6 +45,7 @@ class Setup:
 
     Attributes:
         tokenizer: Makes the tokenizer from an iterator over the training texts.
+        read_tokenizer: Reads a tokenizer from the file that it was saved in.
         tokenizer_key: What the tokenizer depends on, beside those texts: it names the cached tokens.
         val_fraction: Share of the data that is held out.
         cache: Folder of prepared data, shared by all runs.
@@ -53,6 +54,7 @@ class Setup:
     """
 
     tokenizer: Callable[[Iterator[str]], Any]
+    read_tokenizer: Callable[[Path], Any]
     tokenizer_key: str
     val_fraction: float
     cache: Path
@@ -106,6 +108,7 @@ class Result:
         metrics: The last of each metric.
         best: Step and metrics of the best evaluation.
         sample: Text that the trained model made.
+        signal: Number of the signal that stopped it, or None.
     """
 
     folder: Path
@@ -114,3 +117,9 @@ class Result:
     metrics: dict[str, float]
     best: dict[str, float] = field(default_factory=dict)
     sample: str = ""
+    signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The process's exit code: 0 finished, 1 diverged, 128 + the signal's number stopped."""
+        return {"finished": 0, "diverged": 1}.get(self.status, 128 + (self.signal or 0))

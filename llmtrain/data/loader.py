@@ -15,11 +15,11 @@ class Step(NamedTuple):
 
     Attributes:
         micro: The micro-batches, on the device.
-        count: Targets that count in this process, a host number: knowing it waits for nothing.
+        targets: Targets that count in this process, a host number: knowing it waits for nothing.
     """
 
     micro: list[Batch]
-    count: int
+    targets: int
 
 
 class Loader:

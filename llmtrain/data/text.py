@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import glob
+import glob  # Path.glob takes no absolute pattern
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Literal
 
 from llmtrain.data.corpus import Document, from_file, from_text, split_by_file, split_tails
 from llmtrain.data.tokens import prepare
-from llmtrain.knobs import ConfigError, Count, Literal, Misfit, UserError
+from llmtrain.knobs import ConfigError, Count, Misfit, UserError
 from llmtrain.types import Data, Setup
 
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
@@ -78,7 +79,7 @@ def _find(path: str) -> list[Path]:
     if place.is_file():
         return [place]
     pattern = str(place / "**" / "*") if place.is_dir() else str(place)
-    files = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+    files = sorted(Path(p) for p in glob.iglob(pattern, recursive=True) if Path(p).is_file())
     if not files:
         near = "an empty folder" if place.is_dir() else "no such file, folder or glob"
         raise ConfigError([Misfit("path", path, f"is {near}")])

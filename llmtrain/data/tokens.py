@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -18,7 +19,7 @@ from llmtrain.data.corpus import Document, content_hash
 from llmtrain.knobs import UserError
 from llmtrain.types import Data, DataSpec, Setup
 
-_FORMAT = 1  # raise it when the files below change their meaning
+_FORMAT = 2  # raise it when the files below change their meaning
 
 
 class Windows:
@@ -45,9 +46,7 @@ class Windows:
         return rows[:, :-1], rows[:, 1:], mask
 
 
-def prepare(
-    setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str
-) -> Data | None:
+def prepare(setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str) -> Data | None:
     """Tokenizes documents, or finds them tokenized; a dry setup gets None at once.
 
     Raises:
@@ -60,7 +59,7 @@ def prepare(
     folder = setup.cache / "tokens" / key
     if not (folder / "meta.json").is_file():
         _tokenize(setup, train, val, folder)
-    return _open(folder, key, content, context, about)
+    return _open(setup, folder, key, content, context, about)
 
 
 def _hash(value: Any) -> str:
@@ -86,6 +85,7 @@ def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], 
             "val_tokens": int(val_counts.sum()),
             "bytes": total,
             "unigram": _unigram(train_counts, val_counts),
+            "val_bytes": float((val_counts * tokenizer.bytes_per_token()).sum()),
         }
         with (work / "meta.json").open("w") as file:
             json.dump(meta, file)
@@ -107,9 +107,9 @@ def _write(
     stream = _pieces(documents)
     with path.open("wb") as file:
         while chunk := list(islice(stream, 64)):
-            for ids, (_, ends) in zip(tokenizer.encode_many([text for text, _ in chunk]), chunk, strict=True):
-                if ends and tokenizer.end is not None:
-                    ids = np.append(ids, tokenizer.end)
+            encoded = tokenizer.encode_many([text for text, _ in chunk])
+            for tokens, (_, ends) in zip(encoded, chunk, strict=True):
+                ids = np.append(tokens, tokenizer.end) if ends and tokenizer.end is not None else tokens
                 counts += np.bincount(ids, minlength=tokenizer.vocab)
                 file.write(ids.astype(dtype).tobytes())
             read += sum(len(text.encode()) for text, _ in chunk)
@@ -138,9 +138,7 @@ def _unigram(train: np.ndarray, val: np.ndarray) -> float:
     return float(-(val * log_p).sum() / max(val.sum(), 1))
 
 
-def _open(folder: Path, key: str, content: str, context: int, about: str) -> Data:
-    from llmtrain.tokenizer import Tokenizer
-
+def _open(setup: Setup, folder: Path, key: str, content: str, context: int, about: str) -> Data:
     meta = json.loads((folder / "meta.json").read_text())
     dtype = np.dtype(meta["dtype"])
     for side in ("train", "val"):
@@ -154,7 +152,7 @@ def _open(folder: Path, key: str, content: str, context: int, about: str) -> Dat
         spec=DataSpec(vocab=meta["vocab"], context=context),
         train=Windows(tokens["train"], context),
         val=Windows(tokens["val"], context),
-        tokenizer=Tokenizer.read(folder / "tokenizer.json"),
+        tokenizer=setup.read_tokenizer(folder / "tokenizer.json"),
         fingerprint=key,
         facts={
             "about": about,
@@ -162,6 +160,7 @@ def _open(folder: Path, key: str, content: str, context: int, about: str) -> Dat
             "bytes": meta["bytes"],
             "train_tokens": meta["train_tokens"],
             "val_tokens": meta["val_tokens"],
+            "baseline_bits_per_byte": meta["unigram"] * meta["val_tokens"] / math.log(2) / meta["val_bytes"],
             "bytes_per_token": meta["bytes"] / (meta["train_tokens"] + meta["val_tokens"]),
         },
         baseline=("unigram", meta["unigram"]),

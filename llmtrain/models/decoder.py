@@ -5,10 +5,12 @@ Radford et al. 2019 (GPT-2), "Language Models are Unsupervised Multitask Learner
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.knobs import Count, Fraction, Literal, Positive, require
+from llmtrain.knobs import Count, Fraction, Positive, require
 from llmtrain.models.layers import Attention, Cache, FeedForward, make_norm, rotary_angles
 from llmtrain.types import DataSpec
 
@@ -100,7 +102,8 @@ def gpt(
         for _ in range(layers)
     ]
     for block in blocks:  # two branches per block add to the stream: init scales them down by their number
-        block.attention.out.residual_branches = block.ffn.down.residual_branches = 2 * layers
+        for last in (block.attention.out, block.ffn.down):
+            setattr(last, "residual_branches", 2 * layers)  # noqa: B010
     return GPT(
         vocab=data.vocab,
         padded_vocab=-(-data.vocab // vocab_multiple) * vocab_multiple,
@@ -126,7 +129,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """X (B, T, C) -> (B, T, C)."""
         x = x + self.dropout(self.attention(self.norm1(x), rotary, cache))
         return x + self.dropout(self.ffn(self.norm2(x)))
 
@@ -139,6 +142,9 @@ class GPT(nn.Module):
         context: Most tokens at once.
         blocks: The Transformer blocks, the unit of `train.compile=block`.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(
         self,
@@ -167,7 +173,7 @@ class GPT(nn.Module):
             self.register_buffer("sin", rope.sin().float(), persistent=False)
 
     def forward(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """tokens (B, T) -> logits (B, T, vocab); with caches, tokens are those after what the caches hold."""
+        """Tokens (B, T) -> logits (B, T, vocab); with caches, tokens are those after what the caches hold."""
         start = caches[0].length if caches else 0
         end = start + tokens.size(1)
         x = self.tokens(tokens)

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, width, bias=bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); with a cache, x holds only the tokens that are new to it."""
+        """X (B, T, C) -> (B, T, C); with a cache, x holds only the tokens that are new to it."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if rotary is not None:
@@ -88,5 +88,5 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """X (B, T, C) -> (B, T, C)."""
         return self.down(self.activation(self.up(x)))

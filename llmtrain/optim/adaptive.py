@@ -28,9 +28,7 @@ def adam(
         amsgrad: true: divides by the largest second moment so far (Reddi et al. 2018, arXiv:1904.09237).
             false: by the running one.
     """
-    return torch.optim.Adam(
-        params, lr=lr, betas=(beta1, beta2), eps=eps, amsgrad=amsgrad, fused=fused(params)
-    )
+    return torch.optim.Adam(params, lr=lr, betas=(beta1, beta2), eps=eps, amsgrad=amsgrad, fused=fused(params))
 
 
 def adamw(
@@ -61,6 +59,4 @@ def adamw(
     """
     for group in params:
         group["weight_decay"] = weight_decay if group["kind"] == "shrink" else 0.0
-    return torch.optim.AdamW(
-        params, lr=lr, betas=(beta1, beta2), eps=eps, amsgrad=amsgrad, fused=fused(params)
-    )
+    return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, amsgrad=amsgrad, fused=fused(params))

@@ -19,9 +19,7 @@ def param_groups(model: nn.Module) -> ParamGroups:
         Two groups, named `shrink` and `keep`, each with `params` and `names` in the model's order.
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[str, dict[str, Any]] = {
-        name: {"kind": name, "params": [], "names": []} for name in ("shrink", "keep")
-    }
+    groups: dict[str, dict[str, Any]] = {name: {"kind": name, "params": [], "names": []} for name in ("shrink", "keep")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "shrink" if parameter.dim() >= 2 and id(parameter) not in embeddings else "keep"

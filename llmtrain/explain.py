@@ -1,0 +1,307 @@
+"""`llmtrain explain`: the one declaration of each knob, read from signatures, docstrings and YAML.
+
+Nothing is imported that is explained, so it answers without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.build import GROUPS, Part, find
+from llmtrain.compose import ALIASES, config_folder
+from llmtrain.config import COMMANDS, SECTIONS, RunConfig, knobs_of
+from llmtrain.knobs import ConfigError, Misfit, describe, nearest
+
+_USAGE = """usage: llmtrain explain [GROUP | SECTION | GROUP=OPTION | KEY]
+
+  llmtrain explain               the groups and sections
+  llmtrain explain optim         the options of a group
+  llmtrain explain optim=adam    a table of an option's knobs
+  llmtrain explain train         a table of a section's knobs
+  llmtrain explain optim.beta2   one knob in full
+"""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob, as people are told of it.
+
+    Attributes:
+        key: Such as `optim.lr`.
+        kind: Its type and range in words.
+        meaning: What it is.
+        raised: What raising it does, or the meaning of each choice.
+        lowered: What lowering it does.
+        rest: What else there is to say.
+    """
+
+    key: str
+    kind: str
+    meaning: str
+    raised: str
+    lowered: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Topic:
+    """An option of a group, or a closed section: its knobs, their values, and where they are written."""
+
+    title: str
+    summary: str
+    knobs: Mapping[str, Knob]
+    values: Mapping[str, Any]
+    file: Path
+    declared: str
+
+
+def explain(argv: Sequence[str]) -> int:
+    """Answers one question on the command line; returns the exit code."""
+    console = Console(highlight=False)
+    if console.width < 100 and not console.is_terminal:
+        console.width = 120
+    words = [word for word in argv if not word.startswith("-")]
+    if len(words) > 1 or any(flag in argv for flag in ("-h", "--help")):
+        print(_USAGE, end="")
+        return 0 if len(words) <= 1 else 2
+    if not words:
+        _show_all(console)
+        return 0
+    word = words[0]
+    head = re.split(r"[.=]", word)[0]
+    word = ALIASES.get(head, head) + word[len(head) :]
+    if word in GROUPS:
+        _show_group(console, word)
+    elif "=" in word:
+        group, option = word.split("=", 1)
+        _show_topic(console, option_topic(group, option))
+    elif word in SECTIONS or word in COMMANDS:
+        _show_topic(console, section_topic(word))
+    else:
+        _show_knob(console, word)
+    return 0
+
+
+def options(group: str) -> list[str]:
+    """The options of a group: its YAML files."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def option_topic(group: str, option: str) -> Topic:
+    """What there is to say of `group=option`.
+
+    Raises:
+        ConfigError: If there is no such group or option.
+    """
+    if group not in GROUPS:
+        raise ConfigError(
+            [Misfit(group, option, "no such group; there are " + ", ".join(GROUPS), nearest(group, GROUPS))]
+        )
+    file = config_folder() / group / f"{option}.yaml"
+    if not file.is_file():
+        known = options(group)
+        raise ConfigError(
+            [Misfit(group, option, "no such option; there are " + ", ".join(known), nearest(option, known))]
+        )
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    part = find(group, values["name"])
+    summary = re.split(r"\n\s*(?:Args|Returns|Raises):", part.doc)[0].strip()
+    return Topic(f"{group}={option}", summary, part_knobs(part), values, file, f"{part.module}.{part.name}")
+
+
+def section_topic(name: str) -> Topic:
+    """What there is to say of a closed section, or of a command's settings."""
+    section = SECTIONS.get(name) or COMMANDS[name]
+    file = config_folder() / ("config.yaml" if name in SECTIONS else f"{name}.yaml")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = values.get(name, {}) if name in SECTIONS else values
+    if name in ("sample", "generate"):
+        file = config_folder() / "sample" / "default.yaml" if name == "sample" else file
+        values = yaml.safe_load((config_folder() / "sample" / "default.yaml").read_text(encoding="utf-8")) | values
+    doc = inspect.getdoc(section) or ""
+    knobs = _knobs(name, knobs_of(section), "\n\n".join(inspect.getdoc(c) or "" for c in section.__mro__[:-1]))
+    return Topic(name, doc.split("\n\n")[0], knobs, values, file, f"llmtrain.config.{section.__name__}")
+
+
+def part_knobs(part: Part) -> dict[str, Knob]:
+    """The knobs of a part."""
+    return _knobs(part.group, part.knobs, part.doc)
+
+
+def resume_knob() -> Knob:
+    """The one knob that stands in no section."""
+    return _knobs("", {"resume": str}, inspect.getdoc(RunConfig) or "")["resume"]
+
+
+def _knobs(prefix: str, schema: Mapping[str, Any], doc: str) -> dict[str, Knob]:
+    from docstring_parser import google
+
+    described: dict[str, str] = {}
+    for text in re.split(r"(?=^Args:)", doc, flags=re.M)[1:] or [""]:
+        described |= {p.arg_name: p.description or "" for p in google.parse("x\n\n" + text).params}
+    return {name: _knob(f"{prefix}.{name}".lstrip("."), kind, described.get(name, "")) for name, kind in schema.items()}
+
+
+def _knob(key: str, annotation: Any, text: str) -> Knob:
+    """Splits `Meaning. Raise: this. Lower: that.` into its parts."""
+    text = " ".join(text.split())
+    raised, lowered = r"Raise: (?P<raised>.*?\.)", r"(?:\s*Lower: (?P<lowered>.*?\.))?"
+    pattern = rf"^(?P<meaning>.*?){raised}{lowered}(?=\s+[A-Z0-9n]|$)(?P<rest>.*)$"
+    match = re.match(pattern, text)
+    if match is None:
+        return Knob(key, describe(annotation), text, "", "", "")
+    found = {name: (value or "").strip() for name, value in match.groupdict().items()}
+    return Knob(key, describe(annotation), found["meaning"], found["raised"], found["lowered"], found["rest"])
+
+
+def _show_all(console: Console) -> None:
+    table = Table(
+        title="groups: choose with GROUP=OPTION", title_justify="left", box=None, pad_edge=False, title_style="bold"
+    )
+    for column in ("group", "what it is", "options"):
+        table.add_column(column, style="cyan" if column == "group" else "", overflow="fold")
+    for name, group in GROUPS.items():
+        table.add_row(name, group.meaning, ", ".join(options(name)))
+    console.print(table)
+    table = Table(
+        title="\nsections: change with SECTION.KNOB=VALUE",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        title_style="bold",
+    )
+    for column in ("section", "what it is", "knobs"):
+        table.add_column(column, style="cyan" if column == "section" else "", overflow="fold")
+    for name, section in SECTIONS.items():
+        table.add_row(name, (inspect.getdoc(section) or "").split("\n")[0], ", ".join(knobs_of(section)))
+    table.add_row("resume", "Whether to go on from a checkpoint.", "resume")
+    console.print(table)
+    console.print(
+        "\nllmtrain explain optim.lr tells one knob in full; optim=adam all of an option's; train a section's."
+    )
+
+
+def _show_group(console: Console, group: str) -> None:
+    table = Table(
+        title=f"{group}: {GROUPS[group].meaning}", title_justify="left", box=None, pad_edge=False, title_style="bold"
+    )
+    table.add_column("option", style="cyan")
+    table.add_column("what it is")
+    table.add_column("knobs")
+    for option in options(group):
+        topic = option_topic(group, option)
+        note = _comment(topic.file)
+        table.add_row(f"{group}={option}", note or topic.summary.split("\n\n")[0], ", ".join(topic.knobs) or "none")
+    console.print(table)
+
+
+def _comment(file: Path) -> str:
+    """The first line of a YAML file, if it is a comment: what this preset is."""
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _show_topic(console: Console, topic: Topic) -> None:
+    console.print(Text(topic.title, style="bold"), Text(topic.summary), Text(), sep="\n")
+    if topic.knobs:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+        for column, style, width in (
+            ("knob", "cyan", None),
+            ("value", "yellow", None),
+            ("type and range", "", 18),
+            ("meaning", "", None),
+            ("raise", "", None),
+            ("lower", "", None),
+        ):
+            table.add_column(column, style=style, max_width=width, overflow="fold" if column != "knob" else "ellipsis")
+        for name, knob in topic.knobs.items():
+            meaning = " ".join(filter(None, (knob.meaning, knob.rest)))
+            table.add_row(name, _value(topic.values, name), knob.kind, meaning, knob.raised, knob.lowered)
+        console.print(table)
+    console.print(Text(f"values: {_where(topic.file)}   declared: {topic.declared}", style="dim"))
+
+
+def _value(values: Mapping[str, Any], name: str) -> str:
+    if name not in values:
+        return ""
+    value = values[name]
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _where(file: Path) -> str:
+    """A YAML file as its place under `conf`."""
+    return "conf/" + file.relative_to(config_folder()).as_posix()
+
+
+def _show_knob(console: Console, key: str) -> None:
+    """One knob in full, with its value in every option that has it."""
+    group, _, name = key.partition(".")
+    if key == "resume":
+        knob = resume_knob()
+        console.print(Text(knob.key, style="bold cyan"), Text(knob.meaning), sep="\n")
+        return
+    if group in GROUPS:
+        topics = [option_topic(group, option) for option in options(group)]
+    elif group in SECTIONS or group in COMMANDS:
+        topics = [section_topic(group)]
+    else:
+        known = [*GROUPS, *SECTIONS, *COMMANDS, "resume"]
+        raise ConfigError([Misfit("explain", key, "no such group, section or knob", nearest(key, known + _all_keys()))])
+    having = [topic for topic in topics if name in topic.knobs]
+    if not having:
+        known = sorted({k for topic in topics for k in topic.knobs})
+        raise ConfigError(
+            [Misfit("explain", key, f"no such knob; {group} has {', '.join(known)}", nearest(name, known))]
+        )
+    told: list[tuple[Knob, list[Topic]]] = []
+    for topic in having:
+        knob = topic.knobs[name]
+        same = next((topics for other, topics in told if other == knob), None)
+        same.append(topic) if same is not None else told.append((knob, [topic]))
+    for knob, sharing in told:
+        _show_full(console, knob, sharing)
+
+
+def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
+    console.print(Text.assemble((knob.key, "bold cyan"), "  ", knob.kind))
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for title, text in (
+        ("meaning", knob.meaning),
+        ("raise", knob.raised),
+        ("lower", knob.lowered),
+        ("note", knob.rest),
+    ):
+        if text:
+            table.add_row(title, Text(text))
+    name = knob.key.split(".", 1)[1]
+    values = ", ".join(f"{_value(topic.values, name)} ({topic.title}, {_where(topic.file)})" for topic in topics)
+    table.add_row("value", Text(values))
+    table.add_row("declared", Text(", ".join(dict.fromkeys(topic.declared for topic in topics))))
+    sources = dict.fromkeys(
+        s for topic in topics for s in re.findall(r"\([^()]*\b(?:19|20)\d\d[^()]*\)", topic.summary)
+    )
+    if sources:
+        table.add_row("source", Text(" ".join(sources)))
+    table.add_row("change it", Text(f"llmtrain train {knob.key}=VALUE     sweep it: -m {knob.key}=VALUE,VALUE"))
+    console.print(table)
+    console.print()
+
+
+def _all_keys() -> list[str]:
+    keys = [knob.key for name in SECTIONS for knob in section_topic(name).knobs.values()]
+    for group in GROUPS:
+        for option in options(group):
+            keys += [knob.key for knob in option_topic(group, option).knobs.values()]
+    return list(dict.fromkeys(keys))

@@ -1,0 +1,191 @@
+"""A run as a person follows it: the table before the first step, the lines between, the table at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain import folder, hardware
+from llmtrain.checkpoint import TrainState
+from llmtrain.config import RunConfig
+from llmtrain.display import Screen, duration, short
+from llmtrain.loggers import JsonLines, TensorBoard
+from llmtrain.loop import Length
+from llmtrain.models.decoder import count_parameters
+from llmtrain.precision import Precision
+from llmtrain.types import Data, Result
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a config came about, for people: the options taken and the overrides given."""
+
+    choices: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+
+    def option(self, group: str, otherwise: str) -> str:
+        """The option taken in a group, or another word where the config was written out."""
+        return self.choices.get(group) or otherwise
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a run is made of, for those who tell of it."""
+
+    place: Path
+    config: RunConfig
+    origin: Origin
+    data: Data
+    device: torch.device
+    precision: Precision
+    model: nn.Module
+    length: Length
+    screen: Screen
+
+
+class Watcher:
+    """Passes what the loop measures on to the screen and the files.
+
+    Attributes:
+        last: The newest line of training metrics.
+    """
+
+    def __init__(self, scene: Scene, state: TrainState):
+        self._sinks: list[Any] = [JsonLines(scene.place / "metrics.jsonl", state.step)]
+        if scene.config.log.tensorboard:
+            self._sinks.append(TensorBoard(scene.place, state.step))
+        self._scene, self._before, self._begun = scene, state.seconds, time.monotonic()
+        self.last: dict[str, float] = {}
+
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
+        """Tells a line of training metrics."""
+        self.last = metrics
+        for sink in self._sinks:
+            sink.write(step, metrics)
+        seconds = self._before + time.monotonic() - self._begun
+        self._scene.screen.measured(step, metrics, self._scene.length.steps(step, seconds))
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Tells metrics on held-out data."""
+        for sink in self._sinks:
+            sink.write(step, metrics)
+        self._scene.screen.evaluated(step, metrics)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def summarize(scene: Scene, state: TrainState) -> None:
+    """Shows the table before the first step, and begins the live view."""
+    config, data, origin = scene.config, scene.data, scene.origin
+    with torch.device("meta"):
+        shadow = config.model.build(data.spec)
+        forward = hardware.count_flops(shadow, torch.zeros(1, data.spec.context, dtype=torch.long))
+    flops = 3 * forward * config.train.batch_size  # the backward pass costs twice the forward pass
+    screen = scene.screen
+    screen.flops_per_step, screen.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)
+    steps = scene.length.steps(state.step, state.seconds)
+    count = short(count_parameters(scene.model))
+    rows = [
+        ("model", f"{origin.option('model', config.model.part.name)}, {count} parameters"),
+        ("data", _data_in_words(data)),
+        ("length", _length_in_words(scene, steps, steps - state.step, flops)),
+        ("compute", f"{short(flops)}FLOP per step on {hardware.device_name(scene.device)}"),
+        ("precision", scene.precision.why),
+    ]
+    if scene.device.type == "cuda":
+        inputs = torch.zeros(1, data.spec.context, dtype=torch.long, device=scene.device)
+        backend = hardware.attention_backend(scene.model, inputs, scene.precision.autocast)
+        rows.append(("attention", f"{backend} kernel" if backend else "no fused kernel"))
+    rows += [("optimizer", _optimizer_in_words(config)), *_origin_in_words(origin), ("folder", str(scene.place))]
+    screen.table("llmtrain train", rows)
+    screen.begin(steps, state.step)
+
+
+def _data_in_words(data: Data) -> str:
+    facts = data.facts
+    return (
+        f"{facts['about']}: {short(facts['train_tokens'])} tokens to learn from, "
+        f"{short(facts['val_tokens'])} held out, "
+        f"vocabulary {data.spec.vocab}, {facts['bytes_per_token']:.2f} bytes per token, SHA-256 {facts['sha256'][:16]}"
+    )
+
+
+def _length_in_words(scene: Scene, steps: int, left: int, flops: float) -> str:
+    train, data = scene.config.train, scene.data
+    tokens = train.batch_size * data.spec.context
+    micro = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
+    if scene.length.seconds is not None:
+        return f"{duration(scene.length.seconds)}, {short(tokens)} tokens a step{micro}"
+    rate = hardware.product_rate(scene.device, scene.precision.dtype, scene.model, tokens // train.accumulate)
+    epochs = steps * train.batch_size / len(data.train)
+    return (
+        f"{steps} steps of {train.batch_size} x {data.spec.context} = {short(tokens)} tokens{micro}, "
+        f"{epochs:.2f} epochs; "
+        f"roughly {duration(2 * flops / rate * left)}"  # matrix products take about half of a step
+    )
+
+
+def _optimizer_in_words(config: RunConfig) -> str:
+    regular = [f"{k} {v:g}" for k, v in config.regularization.values.items() if isinstance(v, float) and v]
+    rate = f", peak rate {config.optim.values['lr']:g}" if "lr" in config.optim.values else ""
+    return ", ".join([f"{config.optim.part.name}{rate}", f"{config.schedule.part.name} schedule", *regular])
+
+
+def _origin_in_words(origin: Origin) -> list[tuple[str, str]]:
+    """Which options and values were given on the command line, and which files the others come from."""
+    given = {o.lstrip("+~").split("=", 1)[0] for o in origin.overrides}
+    files = [f"{group}/{option}" for group, option in origin.choices.items() if option and group not in given]
+    rows = [("you gave", "  ".join(origin.overrides))] if origin.overrides else []
+    return rows + ([("defaults", "conf/config.yaml, " + ", ".join(sorted(files)))] if files else [])
+
+
+def conclude(scene: Scene, result: Result) -> None:
+    """Writes `result.json` and shows the sample and the closing table."""
+    place, screen, metrics = scene.place, scene.screen, result.metrics
+    name, guess = scene.data.baseline
+    record = {
+        "status": result.status,
+        "step": result.step,
+        "metrics": metrics,
+        "best": result.best,
+        "baseline": {name: guess},
+        "sample": result.sample,
+    }
+    folder.write_json(place / "result.json", record)
+    prompt = scene.config.sample.prompt
+    if result.sample:
+        screen.text(f"a sample at temperature {scene.config.sample.temperature:g}", prompt + result.sample)
+    rows = _losses_in_words(scene, result) if "val_loss" in metrics else []
+    rows += [
+        ("checkpoints", str(place / "checkpoints")),
+        ("metrics", f"{place / 'metrics.jsonl'} and TensorBoard events beside it"),
+        ("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt)}"),
+    ]
+    screen.table(f"{result.status} after {result.step} steps", rows)
+    if result.status == "diverged":
+        screen.say("The loss is no longer a number. Lower optim.lr, raise schedule.warmup, or lower train.grad_clip.")
+    elif result.status == "stopped":
+        root = Path(scene.config.run.dir).expanduser()
+        name = str(place.relative_to(root)) if place.is_relative_to(root) else place.name
+        screen.say(f"Saved. To go on, give the same command with run.name={name} resume=auto")
+
+
+def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:
+    metrics, (name, guess) = result.metrics, scene.data.baseline
+    bits = scene.data.facts["baseline_bits_per_byte"]
+    rows = [
+        ("validation", f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bits_per_byte']:.4f} bits/byte"),
+        ("baseline", f"{guess:.4f} nats/token, {bits:.4f} bits/byte by guessing from {name} frequencies"),
+    ]
+    if result.best and result.best["step"] != result.step:
+        rows.append(("best", f"{result.best['val_loss']:.4f} nats/token at step {int(result.best['step'])}"))
+    return rows
