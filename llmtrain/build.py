@@ -122,7 +122,11 @@ def find(group: str, name: Any, trust: Sequence[str] = ()) -> Part:
 
 
 def choose(group: str, section: Any, trust: Sequence[str] = ()) -> tuple[Choice | None, list[Misfit]]:
-    """Checks one group's section of a config: its `name` and its knobs, all misfits together."""
+    """Checks one group's section of a config: its `name` and its knobs, all misfits together.
+
+    Returns:
+        The choice, or None if the part is not known or one of its knobs has no good value; and the misfits.
+    """
     if not isinstance(section, dict):
         return None, [Misfit(group, section, f"must be a section; choose one with {group}=NAME")]
     try:
@@ -131,7 +135,9 @@ def choose(group: str, section: Any, trust: Sequence[str] = ()) -> tuple[Choice 
         return None, error.misfits
     given = {key: value for key, value in section.items() if key != "name"}
     values, misfits = validate(part.knobs, given)
-    return Choice(part, values), [misfit.under(group) for misfit in misfits]
+    usable = not any(misfit.key in part.knobs for misfit in misfits)  # unknown knobs aside
+    choice = Choice(part, {k: v for k, v in values.items() if k in part.knobs}) if usable else None
+    return choice, [misfit.under(group) for misfit in misfits]
 
 
 def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Misfit]]:
@@ -142,7 +148,8 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
         given: The values, by knob.
 
     Returns:
-        The values, converted where nothing is lost (`1e6` for an integer), and every misfit.
+        The values, converted where nothing is lost (`1e6` for an integer), and every misfit. With misfits,
+        the values are as they were given.
     """
     import pydantic  # 0.1 s, and not needed to print help
 

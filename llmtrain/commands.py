@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmtrain.compose import ALIASES, Composed, compose_jobs, hydra_main, mend, prepare
-from llmtrain.config import RunConfig, check, check_command
+from llmtrain.config import RunConfig, check, check_command, read
 from llmtrain.knobs import ConfigError, Misfit
 
 _HYDRA_ONLY = ("cfg", "info", "help", "hydra_help", "shell_completion")
@@ -126,17 +126,10 @@ def _check_jobs(jobs: list[Composed], trust: Sequence[str]) -> list[RunConfig]:
 def _check_one(job: Composed, trust: Sequence[str]) -> tuple[RunConfig | None, list[Misfit]]:
     if not job.values:
         return None, []
-    try:
-        config = check(job.values, trust)
-    except ConfigError as error:
-        return None, error.misfits
-    from llmtrain.run import check_parts  # torch: only for a config whose values are right
+    config, misfits = read(job.values, trust)
+    from llmtrain.run import part_misfits  # torch: only now, when a config is at hand
 
-    try:
-        check_parts(config)
-    except ConfigError as error:
-        return None, error.misfits
-    return config, []
+    return config, misfits + part_misfits(config)
 
 
 def _train_one(config: RunConfig, job: Composed) -> int:

@@ -34,7 +34,17 @@ from llmtrain.knobs import ConfigError, Misfit, nearest
 
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
-_RESOLVERS = {"unless", "over", "oc.select", "oc.deprecated", "oc.create", "oc.dict.keys", "oc.dict.values", "now", "hydra"}
+_RESOLVERS = {
+    "unless",
+    "over",
+    "oc.select",
+    "oc.deprecated",
+    "oc.create",
+    "oc.dict.keys",
+    "oc.dict.values",
+    "now",
+    "hydra",
+}
 _HYDRAS_OWN = ("hydra._internal.", "hydra_plugins.")
 
 
@@ -53,7 +63,7 @@ class Composed:
         choices: For each config group the option that was taken.
         overrides: The overrides that were given, with their spelling mended.
         misfits: What could not be composed.
-        spoiled: Groups whose option could not be found: what is said of their knobs is not to be trusted.
+        spoiled: Groups whose option could not be found or guessed: what is said of their knobs is not to be trusted.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +168,8 @@ def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Overrid
         line, misfit = _settle(override, loader)
         if misfit is not None:
             job.misfits.append(misfit)
-            job.spoiled.add(override.key_or_group)
+            if line is None:
+                job.spoiled.add(override.key_or_group)
         if line is not None:
             lines.append(line)
     try:
@@ -258,7 +269,7 @@ def _refuse_code_paths(config_name: str) -> None:
 
 def _broken_yaml(error: yaml.YAMLError) -> Misfit:
     mark: Any = getattr(error, "problem_mark", None)
-    where = f"{mark.name}:{mark.line + 1}:{mark.column + 1}" if mark is not None else "YAML"
+    where = ":".join([str(mark.name), str(mark.line + 1), str(mark.column + 1)]) if mark is not None else "YAML"
     return Misfit(where, getattr(error, "problem", None) or "broken", "is not valid YAML")
 
 

@@ -242,7 +242,7 @@ def knobs_of(section: type) -> dict[str, Any]:
 
 
 def check(given: Mapping[str, Any], trust: Sequence[str] = ()) -> RunConfig:
-    """Checks a composed config, all of it before any of it is used.
+    """Checks a composed config against its schema, all of it before any of it is used.
 
     Args:
         given: Nested dicts of plain values, every interpolation resolved.
@@ -252,11 +252,25 @@ def check(given: Mapping[str, Any], trust: Sequence[str] = ()) -> RunConfig:
         ConfigError: With every unknown key, wrong type, value out of range, missing value and misfit of
             sections with each other.
     """
+    config, misfits = read(given, trust)
+    if misfits:
+        raise ConfigError(misfits)
+    return config
+
+
+def read(given: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[RunConfig, list[Misfit]]:
+    """Like `check`, but tells the misfits beside what can be used.
+
+    Returns:
+        The config, None in the place of every section, part and knob that has no good value; the misfits.
+    """
     misfits: list[Misfit] = []
     checked: dict[str, Any] = {}
     for key in [*SECTIONS, *GROUPS, "resume"]:
         if key not in given:
             misfits.append(Misfit(key, "(missing)", "has no value"))
+    for key in [*SECTIONS, *GROUPS, "resume"]:
+        checked[key] = None
     for key, value in given.items():
         if key in SECTIONS:
             found, wrong = read_section(key, value)
@@ -264,18 +278,15 @@ def check(given: Mapping[str, Any], trust: Sequence[str] = ()) -> RunConfig:
             found, wrong = choose(key, value, trust)
         elif key == "resume":
             values, wrong = validate({"resume": str}, {"resume": value})
-            found = values["resume"]
+            found = None if wrong else values["resume"]
         else:
-            found, wrong = None, [_unknown(key, value, given)]
+            misfits.append(_unknown(key, value, given))
+            continue
         checked[key] = found
         misfits += wrong
-    if not misfits:
-        misfits += _lengths(checked["train"])
-    elif isinstance(given.get("train"), dict):
+    if checked["train"] is not None:
         misfits += _lengths(given["train"])
-    if misfits:
-        raise ConfigError(misfits)
-    return RunConfig(**checked)
+    return RunConfig(**checked), misfits
 
 
 def check_command(command: str, given: Mapping[str, Any]) -> Any:
@@ -291,17 +302,19 @@ def check_command(command: str, given: Mapping[str, Any]) -> Any:
 
 
 def read_section(key: str, value: Any) -> tuple[Any, list[Misfit]]:
-    """A closed section from its plain values, and what is wrong with them."""
+    """A closed section from its plain values, None for each that is wrong, and what is wrong with them."""
     if not isinstance(value, dict):
         return None, [Misfit(key, value, "must be a section with " + ", ".join(knobs_of(SECTIONS[key])))]
-    values, misfits = validate(knobs_of(SECTIONS[key]), value)
-    return (None if misfits else SECTIONS[key](**values)), [misfit.under(key) for misfit in misfits]
+    schema = knobs_of(SECTIONS[key])
+    values, misfits = validate(schema, value)
+    wrong = {misfit.key for misfit in misfits}
+    usable = {knob: None if knob in wrong else values[knob] for knob in schema}
+    return SECTIONS[key](**usable), [misfit.under(key) for misfit in misfits]
 
 
-def _lengths(train: Any) -> list[Misfit]:
+def _lengths(train: Mapping[str, Any]) -> list[Misfit]:
     """A run has exactly one length."""
-    values = train if isinstance(train, dict) else vars(train)
-    given = {name: values[name] for name in LENGTHS if values.get(name) is not None}
+    given = {name: train[name] for name in LENGTHS if train.get(name) is not None}
     if len(given) == 1:
         return []
     told = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain import checkpoint, folder, hardware
+from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
 from llmtrain.data.loader import Loader
@@ -37,56 +38,74 @@ from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import Data, DataSpec, Result, Setup
 
 
-def check_parts(config: RunConfig) -> None:
-    """Checks what only the parts themselves can tell, on the meta device: nothing is allocated or written.
+def part_misfits(config: RunConfig) -> list[Misfit]:
+    """What only the parts themselves can tell, asked on the meta device: nothing is allocated or written.
 
-    Raises:
-        ConfigError: With every rule that is broken.
+    Args:
+        config: A config as `config.read` gives it: what has no good value is None, and is not asked about.
     """
     misfits: list[Misfit] = []
 
     @contextmanager
-    def told(prefix: str) -> Iterator[None]:
+    def told(prefix: str = "") -> Iterator[None]:
         try:
             yield
         except ConfigError as error:
             misfits.extend(m.under(prefix) if prefix else m for m in error.misfits)
 
-    train = config.train
-    share = train.accumulate * world()
-    if train.batch_size % share:
-        rule = f"must be a multiple of train.accumulate ({train.accumulate})" + ("" if world() == 1 else " x devices")
-        misfits.append(Misfit("train.batch_size", train.batch_size, rule))
-    if config.regularization.values.get("weight_decay") and config.optim.values.get("weight_decay"):
-        rule = "decays weights beside regularization.weight_decay; set one of them to 0"
-        misfits.append(Misfit("optim.weight_decay", config.optim.values["weight_decay"], rule))
-    with told(""):
-        folder.check_name(config.run.name)
-    with told(""):
-        _check_resume(config)
-    with told(""):
-        device = hardware.choose_device(train.device)
-        with told("precision"):
-            config.precision.build(device)
+    misfits += _sizes(config) + _decays(config)
+    if config.run is not None:
+        with told():
+            folder.check_name(config.run.name)
+            _check_resume(config)
+    if config.train is not None and config.train.device is not None:
+        with told():
+            device = hardware.choose_device(config.train.device)
+            with told("precision"):
+                _ask(config.precision, device)
     with told("tokenizer"):
-        config.tokenizer.build([])
-    with told("data"):
-        config.data.build(_setup(config, dry=True))
+        _ask(config.tokenizer, [])
     with told("schedule"):
-        config.schedule.build(0, 10)
+        _ask(config.schedule, 0, 10)
+    if config.data is not None and config.tokenizer is not None and config.eval is not None:
+        with told("data"):
+            config.data.build(_setup(config, dry=True))
     with told("model"), torch.device("meta"):
-        model = config.model.build(_provisional_spec(config))
+        model = _ask(config.model, _provisional_spec(config)) or nn.Linear(2, 2)
         groups = param_groups(model)
         with told("optim"):
-            config.optim.build(groups)
+            _ask(config.optim, groups)
         with told("regularization"):
-            config.regularization.build(weights_of(groups))
-    if misfits:
-        raise ConfigError(misfits)
+            _ask(config.regularization, weights_of(groups))
+    return misfits
+
+
+def _ask(choice: Choice | None, *given: Any) -> Any:
+    return choice.build(*given) if choice is not None else None
+
+
+def _sizes(config: RunConfig) -> list[Misfit]:
+    train = config.train
+    if train is None or train.batch_size is None or train.accumulate is None:
+        return []
+    if train.batch_size % (train.accumulate * world()) == 0:
+        return []
+    rule = f"must be a multiple of train.accumulate ({train.accumulate})" + (" x devices" if world() > 1 else "")
+    return [Misfit("train.batch_size", train.batch_size, rule)]
+
+
+def _decays(config: RunConfig) -> list[Misfit]:
+    if config.optim is None or config.regularization is None:
+        return []
+    twice = config.optim.values.get("weight_decay") and config.regularization.values.get("weight_decay")
+    rule = "decays weights beside regularization.weight_decay; set one of them to 0"
+    return [Misfit("optim.weight_decay", config.optim.values["weight_decay"], rule)] if twice else []
 
 
 def _check_resume(config: RunConfig) -> None:
     named = config.run.name is not None
+    if config.resume is None or config.run.dir is None:
+        return
     if config.resume == "auto" and not named:
         raise ConfigError([Misfit("resume", "auto", "needs run.name, to know which run to go on with")])
     if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().exists():
@@ -100,8 +119,8 @@ def _check_resume(config: RunConfig) -> None:
 
 def _provisional_spec(config: RunConfig) -> DataSpec:
     """What is known of the data before it is read: enough for the rules of a model."""
-    vocab = config.tokenizer.values.get("vocab_size", 50257)
-    return DataSpec(vocab=vocab, context=config.data.values.get("context", 1))
+    vocab = config.tokenizer.values.get("vocab_size", 50257) if config.tokenizer else 50257
+    return DataSpec(vocab=vocab, context=config.data.values.get("context", 1) if config.data else 1)
 
 
 def _setup(config: RunConfig, progress: Any = None, dry: bool = False) -> Setup:
@@ -115,7 +134,7 @@ def _setup(config: RunConfig, progress: Any = None, dry: bool = False) -> Setup:
         read_tokenizer=Tokenizer.read,
         tokenizer_key=json.dumps(key, sort_keys=True),
         val_fraction=config.eval.val_fraction,
-        cache=Path(config.run.cache).expanduser(),
+        cache=Path(config.run.cache if config.run is not None else "").expanduser(),
         progress=progress,
         dry=dry,
     )
@@ -137,7 +156,7 @@ def train(config: RunConfig, origin: Origin) -> Result:
     """Trains one model and leaves everything in the run's folder.
 
     Args:
-        config: A checked config that `check_parts` has passed.
+        config: A checked config, of which `part_misfits` has nothing to tell.
         origin: How it came about.
 
     Raises:
