@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-gpu check format bench picture clean
+.PHONY: help install train test test-all test-gpu check format docs bench picture clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,11 +37,15 @@ test-all: $(VENV)/.ready-dev ## run the tests, the slow ones too
 test-gpu: $(VENV)/.ready-dev ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-check: $(VENV)/.ready-dev ## lint, types, floors
+check: $(VENV)/.ready-dev ## lint, types, floors, generated docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/llmtrain explain --markdown | diff -u docs/knobs.md - || { echo 'docs/knobs.md is not current: run make docs'; exit 1; }
+
+docs: $(READY) ## write the generated docs anew
+	$(BIN)/llmtrain explain --markdown > docs/knobs.md
 
 format: $(VENV)/.ready-dev ## put the code into shape
 	$(BIN)/ruff check --fix .

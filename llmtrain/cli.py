@@ -55,6 +55,8 @@ Tab completion: eval "$(llmtrain train -sc install=bash)", likewise zsh; llmtrai
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
+    # Threads that wait must not spin: on a machine with other work, spinning made training ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())), end="")

@@ -211,7 +211,7 @@ def _plain(node: Any, key: str, misfits: list[Misfit]) -> Any:
         return {k: _plain(v, k, misfits) for k, v in node.items()}
     try:
         if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
-            return {k: _plain(node._get_node(k), f"{key}.{k}", misfits) for k in node}
+            return {str(k): _plain(node._get_node(k), f"{key}.{k!s}", misfits) for k in node}
         if isinstance(node, ListConfig) and not node._is_interpolation() and not node._is_none():
             return [_plain(node._get_node(i), f"{key}[{i}]", misfits) for i in range(len(node))]
         if node._is_missing():

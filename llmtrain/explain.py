@@ -29,6 +29,7 @@ _USAGE = """usage: llmtrain explain [GROUP | SECTION | GROUP=OPTION | KEY]
   llmtrain explain optim=adam    a table of an option's knobs
   llmtrain explain train         a table of a section's knobs
   llmtrain explain optim.beta2   one knob in full
+  llmtrain explain --markdown    everything, as one Markdown page
 """
 
 
@@ -70,6 +71,9 @@ def explain(argv: Sequence[str]) -> int:
     console = Console(highlight=False)
     if console.width < 100 and not console.is_terminal:
         console.width = 120
+    if "--markdown" in argv:
+        print(reference(), end="")
+        return 0
     words = [word for word in argv if not word.startswith("-")]
     if len(words) > 1 or any(flag in argv for flag in ("-h", "--help")):
         print(_USAGE, end="")
@@ -305,3 +309,40 @@ def _all_keys() -> list[str]:
         for option in options(group):
             keys += [knob.key for knob in option_topic(group, option).knobs.values()]
     return list(dict.fromkeys(keys))
+
+
+def reference() -> str:
+    """Every knob on one Markdown page: `docs/knobs.md`."""
+    lines = [
+        "# Every knob",
+        "",
+        "Made by `llmtrain explain --markdown` from the signatures, docstrings and YAML files; do not edit.",
+    ]
+    for name in (*SECTIONS, *COMMANDS):
+        topic = section_topic(name)
+        command = f"`llmtrain {name}`" if name in COMMANDS else f"Section `{name}`"
+        lines += ["", f"## {command}", "", topic.summary, *_markdown_table([topic])]
+    lines += ["", "## `resume`", "", resume_knob().meaning]
+    for group, about in GROUPS.items():
+        lines += ["", f"## Group `{group}`: {about.meaning}"]
+        by_part: dict[str, list[Topic]] = {}
+        for option in options(group):
+            topic = option_topic(group, option)
+            by_part.setdefault(topic.declared, []).append(topic)
+        for topics in by_part.values():
+            names = ", ".join(f"`{topic.title}`" for topic in topics)
+            lines += ["", f"### {names}", "", topics[0].summary, *_markdown_table(topics)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(topics: Sequence[Topic]) -> list[str]:
+    """A table of the knobs that some options share, with the value in each where they differ."""
+    if not topics[0].knobs:
+        return []
+    rows = ["", "| knob | value | type and range | meaning | raise | lower |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, knob in topics[0].knobs.items():
+        values = list(dict.fromkeys(_value(topic.values, name) for topic in topics))
+        meaning = " ".join(filter(None, (knob.meaning, knob.rest)))
+        cells = (f"`{name}`", ", ".join(f"`{v}`" for v in values if v), knob.kind, meaning, knob.raised, knob.lowered)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
