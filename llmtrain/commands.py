@@ -183,9 +183,10 @@ def _settings(command: str, argv: list[str]) -> tuple[Any, list[str], int]:
     if options.shell_completion:
         return None, trust, _complete(name, argv)
     if options.help:
-        from llmtrain.explain import explain
+        from llmtrain.explain import show_command
 
-        return None, trust, explain([command])
+        show_command(command)
+        return None, trust, 0
     job = compose_jobs(name, overrides, False)[0]
     misfits = list(job.misfits)
     try:

@@ -1,26 +1,21 @@
-"""`llmtrain explain`: the one declaration of each knob, read from signatures, docstrings and YAML.
-
-Nothing is imported that is explained, so it answers without waiting for torch.
-"""
+"""`llmtrain explain`: knobs as tables on the screen, or all of them as one Markdown page."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.build import GROUPS, Part, find
+from llmtrain.build import GROUPS
 from llmtrain.compose import ALIASES, config_folder
-from llmtrain.config import COMMANDS, SECTIONS, RunConfig, knobs_of
-from llmtrain.knobs import ConfigError, Misfit, describe, nearest
+from llmtrain.config import COMMANDS, SECTIONS, knobs_of
+from llmtrain.knobs import ConfigError, Misfit, nearest
+from llmtrain.topics import Knob, Topic, command_topic, option_topic, options, resume_knob, section_topic
 
 _USAGE = """usage: llmtrain explain [GROUP | SECTION | GROUP=OPTION | KEY]
 
@@ -33,44 +28,9 @@ _USAGE = """usage: llmtrain explain [GROUP | SECTION | GROUP=OPTION | KEY]
 """
 
 
-@dataclass(frozen=True)
-class Knob:
-    """One knob, as people are told of it.
-
-    Attributes:
-        key: Such as `optim.lr`.
-        kind: Its type and range in words.
-        meaning: What it is.
-        raised: What raising it does, or the meaning of each choice.
-        lowered: What lowering it does.
-        rest: What else there is to say.
-    """
-
-    key: str
-    kind: str
-    meaning: str
-    raised: str
-    lowered: str
-    rest: str
-
-
-@dataclass(frozen=True)
-class Topic:
-    """An option of a group, or a closed section: its knobs, their values, and where they are written."""
-
-    title: str
-    summary: str
-    knobs: Mapping[str, Knob]
-    values: Mapping[str, Any]
-    file: Path
-    declared: str
-
-
 def explain(argv: Sequence[str]) -> int:
     """Answers one question on the command line; returns the exit code."""
-    console = Console(highlight=False)
-    if console.width < 100 and not console.is_terminal:
-        console.width = 120
+    console = _console()
     if "--markdown" in argv:
         print(reference(), end="")
         return 0
@@ -89,83 +49,32 @@ def explain(argv: Sequence[str]) -> int:
     elif "=" in word:
         group, option = word.split("=", 1)
         _show_topic(console, option_topic(group, option))
-    elif word in SECTIONS or word in COMMANDS:
+    elif word in SECTIONS:
         _show_topic(console, section_topic(word))
+        if word in COMMANDS:
+            console.print(f"\nThe settings of the command: llmtrain {word} --help")
+    elif word in COMMANDS:
+        show_command(word)
     else:
         _show_knob(console, word)
     return 0
 
 
-def options(group: str) -> list[str]:
-    """The options of a group: its YAML files."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+def _console() -> Console:
+    """Standard output; where there is no terminal, wide enough for a table."""
+    console = Console(highlight=False)
+    if console.width < 100 and not console.is_terminal:
+        console.width = 120
+    return console
 
 
-def option_topic(group: str, option: str) -> Topic:
-    """What there is to say of `group=option`.
-
-    Raises:
-        ConfigError: If there is no such group or option.
-    """
-    if group not in GROUPS:
-        raise ConfigError(
-            [Misfit(group, option, "no such group; there are " + ", ".join(GROUPS), nearest(group, GROUPS))]
-        )
-    file = config_folder() / group / f"{option}.yaml"
-    if not file.is_file():
-        known = options(group)
-        raise ConfigError(
-            [Misfit(group, option, "no such option; there are " + ", ".join(known), nearest(option, known))]
-        )
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    part = find(group, values["name"])
-    summary = re.split(r"\n\s*(?:Args|Returns|Raises):", part.doc)[0].strip()
-    return Topic(f"{group}={option}", summary, part_knobs(part), values, file, f"{part.module}.{part.name}")
-
-
-def section_topic(name: str) -> Topic:
-    """What there is to say of a closed section, or of a command's settings."""
-    section = SECTIONS.get(name) or COMMANDS[name]
-    file = config_folder() / ("config.yaml" if name in SECTIONS else f"{name}.yaml")
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    values = values.get(name, {}) if name in SECTIONS else values
-    if name in ("sample", "generate"):
-        file = config_folder() / "sample" / "default.yaml" if name == "sample" else file
-        values = yaml.safe_load((config_folder() / "sample" / "default.yaml").read_text(encoding="utf-8")) | values
-    doc = inspect.getdoc(section) or ""
-    knobs = _knobs(name, knobs_of(section), "\n\n".join(inspect.getdoc(c) or "" for c in section.__mro__[:-1]))
-    return Topic(name, doc.split("\n\n")[0], knobs, values, file, f"llmtrain.config.{section.__name__}")
-
-
-def part_knobs(part: Part) -> dict[str, Knob]:
-    """The knobs of a part."""
-    return _knobs(part.group, part.knobs, part.doc)
-
-
-def resume_knob() -> Knob:
-    """The one knob that stands in no section."""
-    return _knobs("", {"resume": str}, inspect.getdoc(RunConfig) or "")["resume"]
-
-
-def _knobs(prefix: str, schema: Mapping[str, Any], doc: str) -> dict[str, Knob]:
-    from docstring_parser import google
-
-    described: dict[str, str] = {}
-    for text in re.split(r"(?=^Args:)", doc, flags=re.M)[1:] or [""]:
-        described |= {p.arg_name: p.description or "" for p in google.parse("x\n\n" + text).params}
-    return {name: _knob(f"{prefix}.{name}".lstrip("."), kind, described.get(name, "")) for name, kind in schema.items()}
-
-
-def _knob(key: str, annotation: Any, text: str) -> Knob:
-    """Splits `Meaning. Raise: this. Lower: that.` into its parts."""
-    text = " ".join(text.split())
-    raised, lowered = r"Raise: (?P<raised>.*?\.)", r"(?:\s*Lower: (?P<lowered>.*?\.))?"
-    pattern = rf"^(?P<meaning>.*?){raised}{lowered}(?=\s+[A-Z0-9n]|$)(?P<rest>.*)$"
-    match = re.match(pattern, text)
-    if match is None:
-        return Knob(key, describe(annotation), text, "", "", "")
-    found = {name: (value or "").strip() for name, value in match.groupdict().items()}
-    return Knob(key, describe(annotation), found["meaning"], found["raised"], found["lowered"], found["rest"])
+def show_command(name: str) -> None:
+    """Prints the settings of a command."""
+    topic = command_topic(name)
+    settings = {k: topic.values[k] for k in topic.knobs}
+    words = [f"{k}=VALUE" if v == "???" else f"[{k}=VALUE]" for k, v in settings.items()]
+    print(f"usage: llmtrain {name} {' '.join(sorted(words, key=lambda w: w.startswith('[')))}\n")
+    _show_topic(_console(), topic)
 
 
 def _show_all(console: Console) -> None:
@@ -187,7 +96,7 @@ def _show_all(console: Console) -> None:
     for column in ("section", "what it is", "knobs"):
         table.add_column(column, style="cyan" if column == "section" else "", overflow="fold")
     for name, section in SECTIONS.items():
-        table.add_row(name, (inspect.getdoc(section) or "").split("\n")[0], ", ".join(knobs_of(section)))
+        table.add_row(name, section_topic(name).summary.split("\n")[0], ", ".join(knobs_of(section)))
     table.add_row("resume", "Whether to go on from a checkpoint.", "resume")
     console.print(table)
     console.print(
@@ -256,8 +165,10 @@ def _show_knob(console: Console, key: str) -> None:
         return
     if group in GROUPS:
         topics = [option_topic(group, option) for option in options(group)]
-    elif group in SECTIONS or group in COMMANDS:
+    elif group in SECTIONS:
         topics = [section_topic(group)]
+    elif group in COMMANDS:
+        topics = [command_topic(group)]
     else:
         known = [*GROUPS, *SECTIONS, *COMMANDS, "resume"]
         raise ConfigError([Misfit("explain", key, "no such group, section or knob", nearest(key, known + _all_keys()))])
@@ -318,10 +229,9 @@ def reference() -> str:
         "",
         "Made by `llmtrain explain --markdown` from the signatures, docstrings and YAML files; do not edit.",
     ]
-    for name in (*SECTIONS, *COMMANDS):
+    for name in SECTIONS:
         topic = section_topic(name)
-        command = f"`llmtrain {name}`" if name in COMMANDS else f"Section `{name}`"
-        lines += ["", f"## {command}", "", topic.summary, *_markdown_table([topic])]
+        lines += ["", f"## Section `{name}`", "", topic.summary, *_markdown_table([topic])]
     lines += ["", "## `resume`", "", resume_knob().meaning]
     for group, about in GROUPS.items():
         lines += ["", f"## Group `{group}`: {about.meaning}"]
@@ -332,6 +242,9 @@ def reference() -> str:
         for topics in by_part.values():
             names = ", ".join(f"`{topic.title}`" for topic in topics)
             lines += ["", f"### {names}", "", topics[0].summary, *_markdown_table(topics)]
+    for name in COMMANDS:
+        topic = command_topic(name)
+        lines += ["", f"## Command `llmtrain {name}`", "", topic.summary, *_markdown_table([topic])]
     return "\n".join(lines) + "\n"
 
 
@@ -341,8 +254,12 @@ def _markdown_table(topics: Sequence[Topic]) -> list[str]:
         return []
     rows = ["", "| knob | value | type and range | meaning | raise | lower |", "| --- | --- | --- | --- | --- | --- |"]
     for name, knob in topics[0].knobs.items():
-        values = list(dict.fromkeys(_value(topic.values, name) for topic in topics))
+        values: dict[str, list[str]] = {}
+        for topic in topics:
+            values.setdefault(_value(topic.values, name), []).append(topic.title.split("=")[-1])
+        several = len(values) > 1
+        told = ", ".join(f"`{v}`" + (f" ({', '.join(names)})" if several else "") for v, names in values.items() if v)
         meaning = " ".join(filter(None, (knob.meaning, knob.rest)))
-        cells = (f"`{name}`", ", ".join(f"`{v}`" for v in values if v), knob.kind, meaning, knob.raised, knob.lowered)
+        cells = (f"`{name}`", told, knob.kind, meaning, knob.raised, knob.lowered)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows

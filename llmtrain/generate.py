@@ -10,6 +10,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
 from llmtrain.config import Sample
+from llmtrain.hardware import eagerly
 from llmtrain.knobs import UserError
 
 
@@ -50,7 +51,8 @@ def tokens(model: Any, prompt: list[int], settings: Sample) -> Iterator[int]:
     for _ in range(settings.tokens):
         if caches[0].length + len(new) > model.context:
             new, caches = seen[-max(model.context // 2, 1) :], model.make_caches(batch=1)
-        logits = model(torch.tensor([new], device=device), caches)[0, -1]
+        with eagerly():  # the caches grow with each token
+            logits = model(torch.tensor([new], device=device), caches)[0, -1]
         token = pick(logits.float(), settings, draw)
         seen.append(token)
         new = [token]

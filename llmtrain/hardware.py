@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,18 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def eagerly() -> AbstractContextManager:
+    """Where compiled models run as plain PyTorch: for shapes that change from call to call."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def attention_backend(model: nn.Module, inputs: Tensor, autocast: Any) -> str | None:
-    """The attention kernel that a forward pass over `inputs` takes, seen as it is dispatched; None without one."""
+    """The attention kernel that a forward pass over `inputs` takes, seen as it is dispatched; None without one.
+
+    Leaves no trace: random numbers go on where they stood, else a resumed run would draw other ones.
+    """
     names: list[str] = []
 
     class Seen(TorchDispatchMode):
@@ -81,7 +93,8 @@ def attention_backend(model: nn.Module, inputs: Tensor, autocast: Any) -> str | 
             names.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    with Seen(), autocast():
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), eagerly(), Seen(), autocast():
         model(inputs)
     found = next((n for n in names if "_scaled_dot_product_" in n), None)
     return found and found.split("_scaled_dot_product_")[1].split("::")[0].removesuffix("_attention")

@@ -181,7 +181,7 @@ def char(texts: Iterable[str]) -> Tokenizer:
         characters |= set(text)
     vocab = {token: i for i, token in enumerate([*sorted(characters), _UNKNOWN])}
     library = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=_UNKNOWN))
-    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?s)."), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     library.decoder = decoders.Fuse()
     library.add_special_tokens([_UNKNOWN, END_OF_TEXT])
     return Tokenizer(library)

@@ -1,0 +1,139 @@
+"""What there is to say of every knob, read from its one declaration.
+
+Meaning and range come from signatures and docstrings, values from YAML. Nothing is imported that is
+described, so nobody waits for torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.build import GROUPS, Part, find
+from llmtrain.compose import config_folder
+from llmtrain.config import COMMANDS, SECTIONS, RunConfig, knobs_of
+from llmtrain.knobs import ConfigError, Misfit, describe, nearest
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob, as people are told of it.
+
+    Attributes:
+        key: Such as `optim.lr`.
+        kind: Its type and range in words.
+        meaning: What it is.
+        raised: What raising it does, or the meaning of each choice.
+        lowered: What lowering it does.
+        rest: What else there is to say.
+    """
+
+    key: str
+    kind: str
+    meaning: str
+    raised: str
+    lowered: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Topic:
+    """An option of a group, or a closed section: its knobs, their values, and where they are written."""
+
+    title: str
+    summary: str
+    knobs: Mapping[str, Knob]
+    values: Mapping[str, Any]
+    file: Path
+    declared: str
+
+
+def options(group: str) -> list[str]:
+    """The options of a group: its YAML files."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def option_topic(group: str, option: str) -> Topic:
+    """What there is to say of `group=option`.
+
+    Raises:
+        ConfigError: If there is no such group or option.
+    """
+    if group not in GROUPS:
+        raise ConfigError(
+            [Misfit(group, option, "no such group; there are " + ", ".join(GROUPS), nearest(group, GROUPS))]
+        )
+    file = config_folder() / group / f"{option}.yaml"
+    if not file.is_file():
+        known = options(group)
+        raise ConfigError(
+            [Misfit(group, option, "no such option; there are " + ", ".join(known), nearest(option, known))]
+        )
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    part = find(group, values["name"])
+    summary = re.split(r"\n\s*(?:Args|Returns|Raises):", part.doc)[0].strip()
+    return Topic(f"{group}={option}", summary, part_knobs(part), values, file, f"{part.module}.{part.name}")
+
+
+def section_topic(name: str) -> Topic:
+    """What there is to say of a closed section of a run's config."""
+    if name == "sample":
+        file = config_folder() / "sample" / "default.yaml"
+        return _topic_of(name, SECTIONS[name], file, _read(file))
+    file = config_folder() / "config.yaml"
+    return _topic_of(name, SECTIONS[name], file, _read(file)[name])
+
+
+def command_topic(name: str) -> Topic:
+    """What there is to say of the settings of `llmtrain eval` or `llmtrain generate`."""
+    file = config_folder() / f"{name}.yaml"
+    sample = _read(config_folder() / "sample" / "default.yaml")
+    return _topic_of(name, COMMANDS[name], file, sample | _read(file))
+
+
+def _topic_of(name: str, section: type, file: Path, values: Mapping[str, Any]) -> Topic:
+    doc = inspect.getdoc(section) or ""
+    every = "\n\n".join(inspect.getdoc(c) or "" for c in section.__mro__[:-1])
+    knobs = _knobs(name, knobs_of(section), every)
+    return Topic(name, doc.split("\n\n")[0], knobs, values, file, f"llmtrain.config.{section.__name__}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def part_knobs(part: Part) -> dict[str, Knob]:
+    """The knobs of a part."""
+    return _knobs(part.group, part.knobs, part.doc)
+
+
+def resume_knob() -> Knob:
+    """The one knob that stands in no section."""
+    return _knobs("", {"resume": str}, inspect.getdoc(RunConfig) or "")["resume"]
+
+
+def _knobs(prefix: str, schema: Mapping[str, Any], doc: str) -> dict[str, Knob]:
+    from docstring_parser import google
+
+    described: dict[str, str] = {}
+    for text in re.split(r"(?=^Args:)", doc, flags=re.M)[1:] or [""]:
+        described |= {p.arg_name: p.description or "" for p in google.parse("x\n\n" + text).params}
+    return {name: _knob(f"{prefix}.{name}".lstrip("."), kind, described.get(name, "")) for name, kind in schema.items()}
+
+
+def _knob(key: str, annotation: Any, text: str) -> Knob:
+    """Splits `Meaning. Raise: this. Lower: that.` into its parts."""
+    text = " ".join(text.split())
+    raised, lowered = r"Raise: (?P<raised>.*?(?<!al)\.)", r"(?:\s*Lower: (?P<lowered>.*?(?<!al)\.))?"
+    pattern = rf"^(?P<meaning>.*?){raised}{lowered}(?=\s+[A-Z0-9n]|$)(?P<rest>.*)$"
+    match = re.match(pattern, text)
+    if match is None:
+        return Knob(key, describe(annotation), text, "", "", "")
+    found = {name: (value or "").strip() for name, value in match.groupdict().items()}
+    return Knob(key, describe(annotation), found["meaning"], found["raised"], found["lowered"], found["rest"])
