@@ -12,6 +12,7 @@ from typing import Any
 from llmtrain.compose import ALIASES, Composed, compose_jobs, hydra_main, mend, prepare
 from llmtrain.config import RunConfig, check, check_command, read
 from llmtrain.knobs import ConfigError, Misfit
+from llmtrain.types import Result
 
 _HYDRA_ONLY = ("cfg", "info", "help", "hydra_help", "shell_completion")
 
@@ -141,19 +142,24 @@ def _train_one(config: RunConfig, job: Composed) -> int:
 
 def _sweep(name: str, argv: list[str], overrides: list[str], trust: Sequence[str]) -> int:
     """Lets Hydra's sweeper and launcher run the grid, each job under the sweep's folder."""
-    codes = []
+    jobs: list[tuple[list[str], Result]] = []
 
     def job(config: Any) -> float | None:
-        result = _train_job(config, trust)
-        codes.append(result.exit_code)
+        given, result = _train_job(config, trust)
+        jobs.append((given, result))
+        if result.status == "stopped":
+            raise SystemExit(result.exit_code)  # the whole grid stops, not this job alone
         return result.metrics.get("val_loss")
 
     _hand_over(name, argv, overrides, job)
-    return max(codes, default=0)
+    from llmtrain.story import compare
+
+    compare(jobs)
+    return max((result.exit_code for _, result in jobs), default=0)
 
 
-def _train_job(composed: Any, trust: Sequence[str]) -> Any:
-    """One job of a grid, as Hydra hands it over."""
+def _train_job(composed: Any, trust: Sequence[str]) -> tuple[list[str], Result]:
+    """One job of a grid, as Hydra hands it over: its overrides and what it ended with."""
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -171,7 +177,8 @@ def _train_job(composed: Any, trust: Sequence[str]) -> Any:
         values["run"]["name"] = str(folder.relative_to(root)) if folder.is_relative_to(root) else folder.name
     plain: dict[str, Any] = {str(k): v for k, v in values.items()}
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
-    return run_train(check(plain, trust), Origin(choices, list(hydra.overrides.task)))
+    given = list(hydra.overrides.task)
+    return given, run_train(check(plain, trust), Origin(choices, given))
 
 
 def _settings(command: str, argv: list[str]) -> tuple[Any, list[str], int]:

@@ -177,6 +177,8 @@ def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str,
         metrics["penalty"] = penalty
     if state.scaler.is_enabled():
         metrics |= {"loss_scale": state.scaler.get_scale(), "skipped": float(state.batches - state.step)}
+    if job.loader.device.type == "cuda":
+        metrics["memory_bytes"] = float(torch.cuda.max_memory_allocated(job.loader.device))
     seconds, steps = clock.lap(state.step)
     metrics |= {"step_seconds": seconds / steps, "tokens_per_second": job.tokens_per_step * steps / seconds}
     return metrics

@@ -55,6 +55,7 @@ def shrinkage(
             underfitting. Lower: fits closer; 0 is off.
     """
 
+    @torch.no_grad()
     def penalty() -> Tensor:
         total = torch.zeros((), device=weights[0].device if weights else None)
         if l1:

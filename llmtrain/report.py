@@ -14,7 +14,8 @@ def print_misfits(misfits: Sequence[Misfit], command: str) -> None:
     """Prints each misfit with its key, the value given, the rule and the nearest right thing, to standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     number = f"{len(misfits)} things are" if len(misfits) > 1 else "one thing is"
-    console.print(f"[bold red]llmtrain {command}[/]: {number} wrong with the config; nothing was started\n")
+    rest = "wrong with the config; nothing was started" if command == "train" else "wrong"
+    console.print(f"[bold red]llmtrain {command}[/]: {number} {rest}\n")
     for misfit in misfits:
         value = "null" if misfit.value is None else str(misfit.value)
         guess = f"  Did you mean {misfit.suggestion}?" if misfit.suggestion else ""

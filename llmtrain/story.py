@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,20 @@ def conclude(scene: Scene, result: Result) -> None:
         root = Path(scene.config.run.dir).expanduser()
         name = str(place.relative_to(root)) if place.is_relative_to(root) else place.name
         screen.say(f"Saved. To go on, give the same command with run.name={name} resume=auto")
+
+
+def compare(jobs: Sequence[tuple[list[str], Result]]) -> None:
+    """Shows the jobs of a grid side by side, best first: what differed, and the validation loss."""
+    shared = set.intersection(*(set(given) for given, _ in jobs)) if jobs else set()
+    ranked = sorted(jobs, key=lambda job: job[1].metrics.get("val_loss", math.inf))
+    rows = [
+        (
+            f"{result.metrics.get('val_loss', math.nan):.4f}",
+            f"{' '.join(o for o in given if o not in shared)}  {result.folder}",
+        )
+        for given, result in ranked
+    ]
+    Screen().table("validation loss of each run, best first", rows)
 
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:
