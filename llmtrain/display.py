@@ -79,7 +79,7 @@ class Screen:
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._told = ("", -1)
+        self._preparing = ("", 0.0)
         self._losses: list[float] = []
         self._steps, self._begun = 0, 0.0
         self._line: dict[str, float] = {}
@@ -102,13 +102,14 @@ class Screen:
             print(text, file=self._log, flush=True)
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Progress of a preparation: a bar on a terminal, a line at each quarter without one."""
+        """Progress of a preparation: a bar on a terminal; without one a line now and then, if it takes long."""
         if not self.live_wanted:
-            quarter = 4 * done // max(total, 1)
-            if self._told[0] != what or quarter > self._told[1]:
-                self._told = (what, quarter)
-                if quarter:
-                    self.say(f"{what}: {25 * quarter}% of {short(total)}B")
+            now = time.monotonic()
+            if self._preparing[0] != what:
+                self._preparing = (what, now)
+            elif now - self._preparing[1] > 5:
+                self._preparing = (what, now)
+                self.say(f"{what}: {100 * done // max(total, 1)}% of {short(total)}B")
             return
         if self._progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, temperature: Positive, la
     Returns:
         (...) losses, float32 or wider.
     """
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # before anything is rounded again
     if temperature != 1:
         outputs = outputs / temperature
     classes = outputs.size(-1)

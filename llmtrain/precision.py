@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -29,10 +29,13 @@ class Precision(NamedTuple):
 
 
 def _precision(
-    device: torch.device, dtype: torch.dtype, why: str, scaler: torch.amp.GradScaler | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    why: str,
+    scaler: torch.amp.GradScaler | None = None,
+    products: Literal["highest", "high"] = "highest",
 ) -> Precision:
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = why.startswith("tf32")
+    torch.set_float32_matmul_precision(products)
     if dtype == torch.float32:
         autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
     else:
@@ -52,7 +55,7 @@ def tf32(device: torch.device) -> Precision:
     """float32 with matrix products rounded to 10 bits of mantissa, on NVIDIA Ampere and newer."""
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     require(name=(capable, "tf32", f"this device ({_name(device)}) has no tf32; it takes an NVIDIA GPU from Ampere on"))
-    return _precision(device, torch.float32, "tf32: as asked")
+    return _precision(device, torch.float32, "tf32: as asked", products="high")
 
 
 def bf16(device: torch.device) -> Precision:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmtrain.knobs import ConfigError, Count, Misfit, require
 END_OF_TEXT = "<|endoftext|>"
 _UNKNOWN = "<|unknown|>"
 _GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of the byte-fallback of SentencePiece
 _TRICKY = "It's  a\ttest\n\n   of 1234 é漢字🙂 x_y=='\\n'\r\n    def f(): pass  \n"
 
 
@@ -37,8 +39,11 @@ class Tokenizer:
     """
 
     def __init__(self, library: tokenizers.Tokenizer):
+        library.no_truncation()  # a file may ask for both, and text would be lost
+        library.no_padding()
+        library.encode_special_tokens = True  # their names in a text are text
         self.library = library
-        self.vocab = library.get_vocab_size(with_added_tokens=True)
+        self.vocab = max(library.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end = next((i for t in (END_OF_TEXT, "</s>", "[SEP]") if (i := library.token_to_id(t)) is not None), None)
         self._settings: dict[str, Any] = json.loads(library.to_str())
         self._encode = self._fast_encoder() or self._encode_slowly
@@ -61,12 +66,17 @@ class Tokenizer:
     def bytes_per_token(self) -> np.ndarray:
         """(vocab,) UTF-8 bytes that each id stands for; 0 for special tokens."""
         special = {t["id"] for t in self._settings["added_tokens"] if t["special"]}
+        added = {t["id"] for t in self._settings["added_tokens"]}
         lengths = np.zeros(self.vocab, dtype=np.int64)
-        byte_level = self._byte_level()
         for token, index in self.library.get_vocab().items():
-            if index not in special:  # a byte-level token has one character for each byte
-                text = token if byte_level else self.library.decode([index], skip_special_tokens=False)
-                lengths[index] = len(token) if byte_level else len(text.encode())
+            if index in special:
+                continue
+            if self._byte_level() and index not in added:  # one character for each byte
+                lengths[index] = len(token)
+            elif _ONE_BYTE.fullmatch(token) and index not in added:
+                lengths[index] = 1
+            else:  # what it adds to a text; at the beginning of one, decoders may drop its space
+                lengths[index] = len(self.decode([index, index]).encode()) - len(self.decode([index]).encode())
         return lengths
 
     def save(self, path: Path) -> None:
@@ -88,6 +98,8 @@ class Tokenizer:
         """A faster encoder, if one gives the same ids."""
         model = self._settings["model"]
         candidate: Callable[[str], np.ndarray] | None = None
+        if not all(t["special"] for t in self._settings["added_tokens"]) or model.get("dropout"):
+            return None  # the text is cut at added tokens, or merged at random
         if model["type"] == "BPE" and self._byte_level():
             candidate = self._tiktoken(model) if model["merges"] else self._table_of_bytes()
         elif model["type"] == "WordLevel" and all(len(t) == 1 or t in (END_OF_TEXT, _UNKNOWN) for t in model["vocab"]):
@@ -161,8 +173,9 @@ def bpe(texts: Iterable[str], *, vocab_size: Count, min_frequency: Count, train_
     def head() -> Iterable[str]:
         left = train_bytes
         for text in texts:
-            yield text[:left]
-            left -= len(text.encode())
+            raw = text.encode()
+            yield raw[:left].decode(errors="ignore")
+            left -= len(raw)
             if left <= 0:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,17 +10,16 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmtrain.data.corpus import Document, content_hash
+from llmtrain.data.corpus import PIECE, Document, content_hash
 from llmtrain.knobs import UserError
 from llmtrain.types import Data, DataSpec, Setup
 
-_FORMAT = 2  # raise it when the files below change their meaning
+_FORMAT = 3  # raise it when the files below change their meaning
 
 
 class Windows:
@@ -57,20 +57,26 @@ def prepare(setup: Setup, train: Sequence[Document], val: Sequence[Document], co
     content = content_hash([*train, *val], setup.progress)
     key = _hash({"format": _FORMAT, "content": content, "tokenizer": setup.tokenizer_key, "train": len(train)})
     folder = setup.cache / "tokens" / key
-    if not (folder / "meta.json").is_file():
-        _tokenize(setup, train, val, folder)
+    if not _is_ready(folder):
+        _tokenize(setup, train, val, content, folder)
     return _open(setup, folder, key, content, context, about)
+
+
+def _is_ready(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # what cannot be looked into cannot be written either, and says so then
+        return (folder / "meta.json").is_file()
+    return False
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], folder: Path) -> None:
+def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], content: str, folder: Path) -> None:
     """Writes tokens into a folder of its own and renames it into place: there whole, or not at all."""
     work = folder.with_name(f".{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    work.mkdir(parents=True)
     try:
+        work.mkdir(parents=True)
         tokenizer = setup.tokenizer(piece for document in train for piece in document.pieces())
         tokenizer.save(work / "tokenizer.json")
         dtype = np.dtype(np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32)
@@ -91,9 +97,11 @@ def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], 
             json.dump(meta, file)
             file.flush()
             os.fsync(file.fileno())
+        if content_hash([*train, *val]) != content:
+            raise UserError("the data was changed while it was being read; start again when it is at rest")
         work.rename(folder)
     except OSError as error:
-        if not (folder / "meta.json").is_file():  # else another run was first, with the same tokens
+        if not _is_ready(folder):  # else another run was first, with the same tokens
             raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -106,7 +114,7 @@ def _write(
     counts = np.zeros(tokenizer.vocab, dtype=np.int64)
     stream = _pieces(documents)
     with path.open("wb") as file:
-        while chunk := list(islice(stream, 64)):
+        while chunk := _chunk(stream):
             encoded = tokenizer.encode_many([text for text, _ in chunk])
             for tokens, (_, ends) in zip(encoded, chunk, strict=True):
                 ids = np.append(tokens, tokenizer.end) if ends and tokenizer.end is not None else tokens
@@ -130,6 +138,15 @@ def _pieces(documents: Sequence[Document]) -> Iterator[tuple[str, bool]]:
             held = piece
         if held is not None:
             yield held, True
+
+
+def _chunk(stream: Iterator[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """The next pieces, enough of them to keep the encoder's threads busy."""
+    chunk, size = [], 0
+    while size < 8 * PIECE and (piece := next(stream, None)):
+        chunk.append(piece)
+        size += len(piece[0])
+    return chunk
 
 
 def _unigram(train: np.ndarray, val: np.ndarray) -> float:
