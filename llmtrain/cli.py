@@ -55,8 +55,10 @@ Tab completion: eval "$(llmtrain train -sc install=bash)", likewise zsh; llmtrai
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
-    # Threads that wait must not spin: on a machine with other work, spinning made training ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Waiting threads spin only for microseconds: as fast when the machine is idle, and where other work
+        # takes a core, a step takes a third of the time that it takes with the default of 300,000 spins.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())), end="")
