@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, before torch is loaded
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmtrain.compose import compose_jobs, prepare

@@ -1,8 +1,9 @@
 """Tokens per second beside the Hugging Face Trainer, on the same GPT-2 shapes, tokens and batch.
 
-Both are run as their users run them: `llmtrain train` whole, and `Trainer.train()` with the fused AdamW and
-nothing saved or reported. They take turns (A B B A ...) in one process. The first steps of each turn are
-not counted. Goals on two CPU cores: 4x128 in float32 at 1.5 times the Trainer, 6x384 in bfloat16 at 1.2.
+Each turn is a process of its own, run as its users run it: `llmtrain train`, and a script with
+`Trainer.train()`, its fused AdamW, nothing saved or reported. They take turns (A B B A ...), so that a change
+of the machine's speed falls on both; the first steps of each are not counted. Goals on two CPU cores: 4x128
+in float32 at 1.5 times the Trainer, 6x384 in bfloat16 at 1.2.
 
     python benchmarks/peers.py [--shape 4x128] [--rounds 4] [KEY=VALUE ...]      needs the extra [bench]
 """
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -19,7 +23,7 @@ from pathlib import Path
 
 from common import SHAPES, config_of, machine, spread
 
-STEPS = {"4x128": 200, "6x384": 30}
+STEPS = {"4x128": 200, "6x384": 40}
 SKIP = {"4x128": 50, "6x384": 10}
 
 
@@ -28,43 +32,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--trainer", action="store_true", help="one turn of the Trainer alone: prints its tokens/s")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    shapes = options.shape or list(SHAPES)
+    if options.trainer:
+        print(trainer(shapes[0], [*_overrides(shapes[0]), *options.overrides]))
+        return
     print(f"machine: {machine()}")
-    for shape in options.shape or SHAPES:
-        overrides, precision = SHAPES[shape]
-        measure(shape, [*overrides, precision, "tokenizer=byte", *options.overrides], options.rounds)
+    for shape in shapes:
+        measure(shape, [*_overrides(shape), *options.overrides], options.rounds)
+
+
+def _overrides(shape: str) -> list[str]:
+    overrides, precision = SHAPES[shape]
+    return [*overrides, precision, "tokenizer=byte"]
 
 
 def measure(shape: str, overrides: list[str], rounds: int) -> None:
     """Runs both in turn and prints tokens per second and their ratio, pair by pair."""
     pairs = []
     for turn in range(rounds):
-        runs = [ours, trainer] if turn % 2 == 0 else [trainer, ours]
+        runs = [ours, theirs] if turn % 2 == 0 else [theirs, ours]
         figures = {run.__name__: run(shape, overrides) for run in runs}
-        pairs.append((figures["ours"], figures["trainer"]))
+        pairs.append((figures["ours"], figures["theirs"]))
     ratios = [a / b for a, b in pairs]
     print(
         f"{shape}: llmtrain {spread([a for a, _ in pairs])} tokens/s, "
-        f"Trainer {spread([b for _, b in pairs])} tokens/s, ratio {spread(ratios)}"
+        f"Trainer {spread([b for _, b in pairs])} tokens/s, ratio {spread(ratios)}",
+        flush=True,
     )
 
 
 def ours(shape: str, overrides: list[str]) -> float:
     """Tokens per second of `llmtrain train`, from its own metrics."""
-    import contextlib
-    import io
-
-    from llmtrain.run import train
-    from llmtrain.story import Origin
-
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        given = [f"train.steps={STEPS[shape]}", f"run.dir={scratch}", "eval.batches=1", "sample.tokens=0"]
-        result = train(config_of(*given, *overrides), Origin())
-        lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as scratch:
+        given = [f"train.steps={STEPS[shape]}", f"run.dir={scratch}", "run.name=turn", "eval.batches=1"]
+        _quietly([sys.executable, "-m", "llmtrain", "train", *given, "sample.tokens=0", *overrides])
+        lines = [json.loads(line) for line in Path(scratch, "turn", "metrics.jsonl").read_text().splitlines()]
     counted = [line["tokens_per_second"] for line in lines if "loss" in line and line["step"] > SKIP[shape]]
     return statistics.median(counted)
+
+
+def theirs(shape: str, overrides: list[str]) -> float:
+    """Tokens per second of the Trainer, in a process of its own."""
+    return float(_quietly([sys.executable, __file__, "--trainer", "--shape", shape, *overrides]).splitlines()[-1])
+
+
+def _quietly(command: list[str]) -> str:
+    clean = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}  # each sets what it sets by itself
+    return subprocess.run(command, check=True, text=True, capture_output=True, env=clean).stdout
 
 
 def trainer(shape: str, overrides: list[str]) -> float:
@@ -75,6 +92,7 @@ def trainer(shape: str, overrides: list[str]) -> float:
     from llmtrain.display import Screen
     from llmtrain.run import prepare_data
 
+    warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     config = config_of("train.steps=1", *overrides)
     screen = Screen()

@@ -9,12 +9,15 @@ of the machine's speed falls on both. Goal: at most 3% over the bare step.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, before torch is loaded
 
 from common import SHAPES, config_of, machine, spread
 

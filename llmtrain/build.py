@@ -12,13 +12,13 @@ import ast
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llmtrain import knobs as knob_types
-from llmtrain.knobs import ConfigError, Misfit, describe, nearest
+from llmtrain.knobs import ConfigError, Misfit, describe, nearest, unique
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,19 @@ def find(group: str, name: Any, trust: Sequence[str] = ()) -> Part:
     if ":" not in name:
         rule = f"no such part in {GROUPS[group].module}; there are " + ", ".join(known)
         raise ConfigError([Misfit(key, name, rule, nearest(name, known))])
-    module = name.split(":", 1)[0]
-    if module.split(".", 1)[0] not in trust:
-        package = module.split(".", 1)[0]
+    module, function = name.split(":", 1)
+    package = module.split(".", 1)[0]
+    if package not in trust:
         raise ConfigError([Misfit(key, name, f"is code from outside; it runs only with --trust {package}")])
-    found = {part.name: part for part in _parts_in(module, group)}
-    function = name.split(":", 1)[1]
+    try:
+        found = {part.name: part for part in _parts_in(module, group)}
+    except (ImportError, ValueError, SyntaxError, TypeError) as error:
+        raise ConfigError([Misfit(key, name, f"cannot be read: {error}")]) from None
     if function not in found:
         given = ", ".join(GROUPS[group].given)
         rule = f"{module} has no public function {function}({given}, *, ...)"
         raise ConfigError([Misfit(key, name, rule, nearest(function, found))])
-    part = found[function]
-    return Part(group, name, part.module, part.knobs, part.doc)
+    return replace(found[function], name=name)
 
 
 def choose(group: str, section: Any, trust: Sequence[str] = ()) -> tuple[Choice | None, list[Misfit]]:
@@ -157,16 +158,17 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
     fields: dict[str, Any] = {k: (t, ...) for k, t in schema.items()}
     model = pydantic.create_model("Knobs", __config__=config, **fields)
     misfits = [
-        Misfit(key, value, "must be " + describe(schema[key]))
+        Misfit(key, value, "must be " + describe(schema[key]) + rule)
+        for rule, wrong in (("", _odd_bool), (" and fit in 64 bits", _too_large))
         for key, value in given.items()
-        if isinstance(value, bool) and key in schema and not _takes_bool(schema[key])
+        if key in schema and wrong(value, schema[key])
     ]
     try:
         checked = model.model_validate(dict(given))
     except pydantic.ValidationError as error:
         for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
             misfits.append(_misfit(key, schema, given))
-        return dict(given), list(dict.fromkeys(misfits))
+        return dict(given), unique(misfits)
     return {key: getattr(checked, key) for key in schema}, misfits
 
 
@@ -180,8 +182,18 @@ def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Mi
     return Misfit(key, given[key], rule, nearest(str(given[key]), choices))
 
 
-def _takes_bool(annotation: Any) -> bool:
-    return annotation is bool or any(_takes_bool(choice) for choice in get_args(annotation))
+def _odd_bool(value: Any, annotation: Any) -> bool:
+    """true where a number is wanted, which pydantic would take for 1."""
+    return isinstance(value, bool) and not _takes(bool, annotation)
+
+
+def _too_large(value: Any, annotation: Any) -> bool:
+    """An integer that nothing can count to: torch stops at it with an error of its own."""
+    return isinstance(value, int) and _takes(int, annotation) and abs(value) >= 2**63
+
+
+def _takes(kind: type, annotation: Any) -> bool:
+    return annotation is kind or any(_takes(kind, choice) for choice in get_args(annotation))
 
 
 def _parts_in(module: str, group: str) -> Iterator[Part]:
@@ -198,7 +210,7 @@ def _parts_in(module: str, group: str) -> Iterator[Part]:
 def _sources(module: str) -> Iterator[tuple[str, Path]]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ConfigError([Misfit("name", module, "no such module can be found")])
+        raise ImportError(f"no module {module} can be found")
     if spec.submodule_search_locations is None:
         yield module, Path(spec.origin)
         return
@@ -212,9 +224,19 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _type(argument: ast.arg) -> Any:
-    """Evaluates an annotation with the names of `llmtrain.knobs` alone: a type, and nothing else runs."""
+    """Evaluates an annotation with the names of `llmtrain.knobs` alone: a type, and nothing else runs.
+
+    Raises:
+        TypeError: If there is none, or it says something else.
+    """
     if argument.annotation is None:
         raise TypeError(f"{argument.arg} has no type; a knob's type is its schema")
+    node = argument.annotation
+    text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ast.unparse(node)
     names = {name: getattr(knob_types, name) for name in knob_types.__all__} | {"Literal": Literal}
     builtins = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
-    return eval(ast.unparse(argument.annotation), {"__builtins__": builtins}, names)
+    try:
+        return eval(text, {"__builtins__": builtins}, names)
+    except Exception as error:
+        rule = "a knob's type is built from those of llmtrain.knobs, int, float, str, bool, list, dict and Literal"
+        raise TypeError(f"{argument.arg}: {text}: {error}; {rule}") from None

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -52,6 +53,8 @@ class TrainState:
 
 
 _COUNTERS = ("step", "batches", "seconds", "best", "last")
+_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+_FORMAT = 1
 
 
 def save(folder: Path, state: TrainState, keep: int, extra: dict[str, Any]) -> Path:
@@ -65,13 +68,30 @@ def save(folder: Path, state: TrainState, keep: int, extra: dict[str, Any]) -> P
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        UserError: If it cannot be written, as when the disk is full; those written before are whole.
     """
     final = folder / f"step-{state.step:08d}"
     work = folder / f".writing-{final.name}"
     shutil.rmtree(work, ignore_errors=True)
+    try:
+        _write(work, state, extra)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)  # makes room for those who can use it
+        raise UserError(f"{final}: cannot be written: {error}") from None
+    if final.exists():  # left by a run that is being trained again from before it
+        _aside(final, ".old-")
+    work.rename(final)
+    _sync(folder)
+    _rotate(folder, keep, int(state.best.get("step", -1)))
+    return final
+
+
+def _write(work: Path, state: TrainState, extra: dict[str, Any]) -> None:
     work.mkdir(parents=True)
     tensors, scalars = _optimizer_state(state)
-    rng, python_rng = _random_state()
+    rng, own_rngs = _random_state()
     save_file({k: v.contiguous() for k, v in state.model.state_dict().items()}, work / "model.safetensors")
     save_file(tensors, work / "optimizer.safetensors")
     save_file(rng, work / "random.safetensors")
@@ -80,18 +100,13 @@ def save(folder: Path, state: TrainState, keep: int, extra: dict[str, Any]) -> P
         "pending": [p.tolist() for p in state.pending],
         "scaler": state.scaler.state_dict(),
         "optimizer": scalars,
-        "python_random": python_rng,
+        "optimizer_kind": _kind(state.optimizer),
+        **own_rngs,
         "torch": torch.__version__,
         **extra,
     }
     (work / "state.json").write_text(json.dumps(record))
     _seal(work)
-    if final.exists():  # left by a run that is being trained again from before it
-        shutil.rmtree(_aside(final, ".old-"))
-    work.rename(final)
-    _sync(folder)
-    _rotate(folder, keep, int(state.best.get("step", -1)))
-    return final
 
 
 def restore(path: Path, state: TrainState) -> dict[str, Any]:
@@ -101,9 +116,14 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
         The record that was saved with it.
 
     Raises:
-        UserError: If its weights are not those of this model.
+        UserError: If its weights are not those of this model, or its moments not those of this optimizer.
     """
     record = json.loads((path / "state.json").read_text())
+    if record["optimizer_kind"] != _kind(state.optimizer):
+        raise UserError(
+            f"{path}: holds the running values of {record['optimizer_kind']}, not of {_kind(state.optimizer)}; "
+            "a run goes on only with the same kind of optimizer"
+        )
     _load_weights(path, state.model)
     tensors = load_file(path / "optimizer.safetensors")
     by_name = {name: p for name, p in state.model.named_parameters()}
@@ -122,7 +142,7 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
     state.pending = [torch.tensor(p, device=device) for p in record["pending"]]
     if record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
-    _restore_random(load_file(path / "random.safetensors"), record["python_random"])
+    _restore_random(load_file(path / "random.safetensors"), record)
     return record
 
 
@@ -142,8 +162,8 @@ def newest_good(folder: Path, tell: Any) -> Path | None:
     Raises:
         UserError: If there are checkpoints and all of them are broken.
     """
-    found = sorted(folder.glob("step-*"), reverse=True)
-    for path in found:
+    found = _steps(folder)
+    for path in reversed(found):
         wrong = broken(path)
         if wrong is None:
             return path
@@ -163,19 +183,18 @@ def find(run: Path, which: str) -> Path:
     if (run / "manifest.json").is_file():
         found = run
     else:
-        steps = sorted((run / "checkpoints").glob("step-*"))
+        steps = {_step(path): path for path in _steps(run / "checkpoints")}
         if not steps:
             raise UserError(f"{run}: holds no checkpoint")
-        found = steps[-1]
-        if which == "best":
+        found = steps[max(steps)]
+        if which == "best" and broken(found) is None:
             best = json.loads((found / "state.json").read_text())["best"].get("step")
-            found = next((p for p in steps if best is not None and p.name == f"step-{best:08d}"), found)
-        elif which != "last":
-            named = [p for p in steps if which.isdigit() and p.name == f"step-{int(which):08d}"]
-            if not named:
-                there = ", ".join(str(int(p.name[5:])) for p in steps)
+            found = steps.get(best, found)
+        elif which not in ("best", "last"):
+            if not which.isdecimal() or int(which) not in steps:
+                there = ", ".join(str(step) for step in steps)
                 raise UserError(f"{run}: has no checkpoint {which}; there are best, last, {there}")
-            found = named[0]
+            found = steps[int(which)]
     wrong = broken(found)
     if wrong is not None:
         raise UserError(f"{found}: {wrong}")
@@ -186,13 +205,17 @@ def broken(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, sha in manifest["sha256"].items():
-            if _sha256(path / name) != sha:
+        if manifest["format"] != _FORMAT:
+            return f"manifest.json is of format {manifest['format']}, not {_FORMAT}"
+        for name in _FILES:
+            if _sha256(path / name) != manifest["sha256"][name]:
                 return f"{name} is not what was written (SHA-256 differs)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"the manifest cannot be read ({error})"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is not what was written ({error})"
     return None
 
 
@@ -207,6 +230,13 @@ def _optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, di
             else:
                 scalars.setdefault(name, {})[slot] = value
     return tensors, scalars
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """What tells which running values an optimizer keeps: the class right under torch's, and AMSGrad's maximum."""
+    family = type(optimizer).__mro__
+    name = family[family.index(torch.optim.Optimizer) - 1].__name__
+    return f"{name} with amsgrad" if optimizer.defaults.get("amsgrad") else name
 
 
 def _place_on_fused(optimizer: torch.optim.Optimizer, slots: dict[Tensor, dict[str, Any]]) -> None:
@@ -234,24 +264,29 @@ def _load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(tensors)
 
 
-def _random_state() -> tuple[dict[str, Tensor], list[Any]]:
-    _, keys, position, *_ = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.append(keys, position).astype(np.int64))}
+def _random_state() -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+    """Torch's random states as tensors; NumPy's and Python's as JSON, the normal number that each may hold back too."""
+    tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    version, internal, gauss = random.getstate()
-    return tensors, [version, list(internal), gauss]
+    numpy_state: Any = np.random.get_state()
+    name, keys, *position_and_held = numpy_state
+    version, internal, held = random.getstate()
+    return tensors, {
+        "numpy_random": [name, keys.tolist(), *position_and_held],
+        "python_random": [version, list(internal), held],
+    }
 
 
-def _restore_random(tensors: dict[str, Tensor], python_rng: list[Any]) -> None:
+def _restore_random(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
     torch.set_rng_state(tensors["torch"])
-    numpy_state = tensors["numpy"].numpy()
-    np.random.set_state(("MT19937", numpy_state[:-1].astype(np.uint32), int(numpy_state[-1]), 0, 0.0))
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
-    version, internal, gauss = python_rng
-    random.setstate((version, tuple(internal), gauss))
+    name, keys, *position_and_held = record["numpy_random"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *position_and_held))
+    version, internal, held = record["python_random"]
+    random.setstate((version, tuple(internal), held))
 
 
 def _seal(folder: Path) -> None:
@@ -261,7 +296,7 @@ def _seal(folder: Path) -> None:
         _sync(path)
         sums[path.name] = _sha256(path)
     manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({"format": 1, "sha256": sums}, indent=2) + "\n")
+    manifest.write_text(json.dumps({"format": _FORMAT, "sha256": sums}, indent=2))  # any cut makes it unreadable
     _sync(manifest)
     _sync(folder)
 
@@ -290,8 +325,17 @@ def _aside(path: Path, prefix: str) -> Path:
 
 def _rotate(folder: Path, keep: int, best: int) -> None:
     """Removes old checkpoints. Each is renamed first, so that a crash leaves no half of one under its name."""
-    for path in sorted(folder.glob("step-*"))[:-keep]:
-        if path.name != f"step-{best:08d}":
-            shutil.rmtree(_aside(path, ".old-"), ignore_errors=True)
-    for left in folder.glob(".old-*"):  # left by a crash
+    for path in _steps(folder)[:-keep]:
+        if _step(path) != best:
+            _aside(path, ".old-")
+    for left in [*folder.glob(".old-*"), *folder.glob(".writing-*")]:  # from now, or left by a crash
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])

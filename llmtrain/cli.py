@@ -6,6 +6,8 @@ computes. Errors that a user can mend end here as one report and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -107,13 +109,33 @@ def _unknown(command: str) -> int:
 
 def _complete(arguments: list[str]) -> int:
     """Completion calls back without the subcommand: it is in the line that is being completed."""
-    words = os.environ.get("COMP_LINE", "").split(" ")
-    if len(words) <= 2:
-        prefix = words[1] if len(words) == 2 else ""
-        print(" ".join(name for name in COMMANDS if name.startswith(prefix)))
+    if not any(word.startswith("query=") for word in arguments):
+        return _run("train", arguments)  # install and uninstall are the same for all
+    line = os.environ.get("COMP_LINE", "")
+    program, *words = [*line.split(), ""] if line.endswith(" ") else (line.split() or [""])
+    if len(words) <= 1:
+        prefix = words[0] if words else ""
+        print("\n".join(name for name in COMMANDS if name.startswith(prefix)))
         return 0
-    program, command, *rest = words
+    command, *before, last = words
+    if command == "explain":
+        from llmtrain.explain import complete
+
+        return complete(last)
     if command not in COMMANDS:
         return 0
-    os.environ["COMP_LINE"] = " ".join([program, *rest])
-    return _run(command, arguments)
+    from argparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--trust", action="append")
+    parser.add_argument("--config-dir", "-cd", type=os.path.expanduser)
+    parser.add_argument("--config-name", "-cn")
+    try:
+        options, others = parser.parse_known_args(before)
+    except ArgumentError:  # the word to complete is a flag's value
+        return 0
+    os.environ["COMP_LINE"] = " ".join([program, *others, last])
+    given = {"--config-dir": options.config_dir, "--config-name": options.config_name}
+    with contextlib.redirect_stderr(io.StringIO()):  # a report has no place in a line that is being typed
+        _run(command, [*arguments, *(f"{flag}={value}" for flag, value in given.items() if value)])
+    return 0

@@ -5,66 +5,78 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
+import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from llmtrain.compose import ALIASES, Composed, compose_jobs, hydra_main, mend, prepare
+from llmtrain.compose import ALIASES, UNREADABLE, Composed, compose_jobs, config_folder, from_hydra, mend, prepare
 from llmtrain.config import RunConfig, check, check_command, read
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.types import Result
 
-_HYDRA_ONLY = ("cfg", "info", "help", "hydra_help", "shell_completion")
+_SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
+_VALUED = ("cfg", "package", "config_name", "config_dir", "info")
+_ONE_OF = ("run", "multirun", "cfg", "info", "shell_completion")
 
 
 def train(argv: list[str]) -> int:
     """`llmtrain train`: one run, or with -m a grid of them."""
-    options, trust = _parse("train", argv)
-    overrides = [mend(o) for o in options.overrides]
+    options = _parse("train", argv)
     name = options.config_name or "config"
-    prepare(options.config_dir)
     if options.shell_completion:
-        return _complete(name, argv)
+        return _complete(name, options)
+    jobs = compose_jobs(name, options.overrides, options.multirun)
     if options.help or options.hydra_help:
-        return _hand_over(name, argv, overrides)
-    jobs = compose_jobs(name, overrides, options.multirun)
+        _raise_all([job.misfits for job in jobs])
+        return _show(name, options)
     if options.cfg or options.info:
-        _raise_all([[*job.misfits] for job in jobs])
-        return _hand_over(name, argv, overrides)
-    configs = _check_jobs(jobs, trust)
+        _check_jobs(jobs, options.trust, parts=False)
+        return _show(name, options)
+    configs = _check_jobs(jobs, options.trust)
     if options.multirun:
-        return _sweep(name, argv, overrides, trust)
+        return _sweep(name, options)
     return _train_one(configs[0], jobs[0])
 
 
 def evaluate(argv: list[str]) -> int:
     """`llmtrain eval`: the metrics of a trained model."""
-    settings, trust, done = _settings("eval", argv)
+    options = _parse("eval", argv)
+    settings, done = _settings("eval", options)
     if settings is None:
         return done
     from llmtrain.trained import evaluate_run
 
-    return evaluate_run(settings, trust)
+    return evaluate_run(settings, options.trust)
 
 
 def generate(argv: list[str]) -> int:
     """`llmtrain generate`: text from a trained model."""
-    settings, trust, done = _settings("generate", argv)
+    options = _parse("generate", argv)
+    settings, done = _settings("generate", options)
     if settings is None:
         return done
     from llmtrain.trained import generate_from
 
-    return generate_from(settings, trust)
+    return generate_from(settings, options.trust)
 
 
-def _parse(command: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's flags in any order among the overrides, and ours."""
+def _parse(command: str, argv: list[str]) -> argparse.Namespace:
+    """Hydra's flags in any order among the overrides, and ours; the overrides with their spelling mended."""
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
     parser.prog = f"llmtrain {command}"
     parser.add_argument("--trust", action="append", default=[], help="a package whose parts may run")
+    shown = next(action.choices for action in parser._actions if action.dest == "info") or ()
+    pairs = zip(argv, [*argv, ""][1:], strict=True)  # an override may follow --info, which would take it
+    argv = ["--info=all" if word in ("--info", "-i") and after not in shown else word for word, after in pairs]
     options = parser.parse_intermixed_args(argv)
+    options.overrides = [mend(override) for override in options.overrides]
     refused = {
         "experimental_rerun": "reads a pickle, which can run code; use --config-dir RUN_FOLDER instead",
         "config_path": "is fixed; add a folder of your own with --config-dir",
@@ -74,29 +86,40 @@ def _parse(command: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]
         for flag, rule in refused.items()
         if getattr(options, flag, None)
     ]
-    if options.multirun and (options.cfg or options.info):
-        flag = "--cfg" if options.cfg else "--info"
-        misfits.append(Misfit("-m", flag, "shows one config; leave out -m and the lists of values"))
+    several = ["--" + flag.replace("_", "-") for flag in _ONE_OF if getattr(options, flag)]
+    if len(several) > 1:
+        misfits.append(Misfit(several[0], " ".join(several[1:]), "only one of them at a time"))
+    if options.resolve and not (options.cfg or options.help):
+        misfits.append(Misfit("--resolve", "true", "goes with --cfg or --help"))
     if misfits:
         raise ConfigError(misfits)
-    return options, options.trust
+    prepare(options.config_dir)
+    if options.trust:  # a package of the user's own lies where the user is, not where llmtrain is installed
+        sys.path.insert(0, str(Path.cwd()))
+    return options
 
 
-def _hand_over(name: str, argv: list[str], overrides: Sequence[str], task: Any = None) -> int:
-    """Lets Hydra do what it does with this command line; its mistakes become ours to tell."""
+def _hand_over(name: str, options: argparse.Namespace, task: Any) -> None:
+    """Hands the command line, without our flags, to Hydra itself: grids, `--cfg`, `--info`, `--help`, completion."""
+    import hydra
+
+    logging.raiseExceptions = False  # the reader of what Hydra logs may have gone: `--info | head`
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
-    flags: list[str] = []
-    skip = False
-    for word in argv:  # the flags as they were, --trust left out, overrides mended
-        if skip or word == "--trust":
-            skip = not skip
-        elif (word.startswith("-") and not word.startswith("--trust=")) or (flags and flags[-1] in _TAKE_VALUE):
-            flags.append(word)
-    hydra_main(name, [*flags, *overrides], task or _nothing)
+    flags = ["--" + flag.replace("_", "-") for flag in _SWITCHES if getattr(options, flag)]
+    flags += [f"--{flag.replace('_', '-')}={value}" for flag in _VALUED if (value := getattr(options, flag))]
+    sys.argv = ["llmtrain", *flags, *options.overrides]
+    hydra.main(config_path=str(config_folder()), config_name=name, version_base="1.3")(task)()
+
+
+def _show(name: str, options: argparse.Namespace) -> int:
+    """Lets Hydra show something; its mistakes become ours to tell."""
+    try:
+        _hand_over(name, options, _nothing)
+    except UNREADABLE as error:
+        raise ConfigError([from_hydra(error, name)]) from error
+    except SystemExit as end:
+        return 2 if end.code else 0
     return 0
-
-
-_TAKE_VALUE = ("--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd")
 
 
 def _nothing(config: Any) -> None:
@@ -110,27 +133,31 @@ def _raise_all(per_job: list[list[Misfit]]) -> None:
         raise ConfigError(misfits)
 
 
-def _check_jobs(jobs: list[Composed], trust: Sequence[str]) -> list[RunConfig]:
+def _check_jobs(jobs: list[Composed], trust: Sequence[str], parts: bool = True) -> list[RunConfig]:
     """Checks every job, schema first, then what the parts say; raises once with all of it."""
     per_job = [list(job.misfits) for job in jobs]
-    configs: list[RunConfig | None] = []
+    configs: list[RunConfig] = []
     for job, misfits in zip(jobs, per_job, strict=True):
-        config, found = _check_one(job, trust)
+        if job.values is None:
+            continue
+        config, found = read(job.values, trust)
         configs.append(config)
+        if parts:
+            from llmtrain.run import part_misfits  # torch: only now, when a config is at hand
+
+            found = found + part_misfits(config)
         told = {m.key for m in misfits}
         spoiled = tuple(f"{group}." for group in job.spoiled)
         misfits += [m for m in found if m.key not in told and not (spoiled and m.key.startswith(spoiled))]
-    _raise_all(per_job)
-    return [config for config in configs if config is not None]
+    _raise_all([*per_job, _shared_names(configs)])
+    return configs
 
 
-def _check_one(job: Composed, trust: Sequence[str]) -> tuple[RunConfig | None, list[Misfit]]:
-    if not job.values:
-        return None, []
-    config, misfits = read(job.values, trust)
-    from llmtrain.run import part_misfits  # torch: only now, when a config is at hand
-
-    return config, misfits + part_misfits(config)
+def _shared_names(configs: Sequence[RunConfig]) -> list[Misfit]:
+    """Two runs never share a folder: a name for a grid must differ from job to job."""
+    names = Counter(config.run.name for config in configs if config.run is not None and config.run.name is not None)
+    rule = "is the same in several jobs of the grid; leave it out, or let it differ: 'run.name=mine-${optim.lr}'"
+    return [Misfit("run.name", name, rule) for name, count in names.items() if count > 1]
 
 
 def _train_one(config: RunConfig, job: Composed) -> int:
@@ -140,18 +167,18 @@ def _train_one(config: RunConfig, job: Composed) -> int:
     return run_train(config, Origin(job.choices, job.overrides)).exit_code
 
 
-def _sweep(name: str, argv: list[str], overrides: list[str], trust: Sequence[str]) -> int:
+def _sweep(name: str, options: argparse.Namespace) -> int:
     """Lets Hydra's sweeper and launcher run the grid, each job under the sweep's folder."""
     jobs: list[tuple[list[str], Result]] = []
 
     def job(config: Any) -> float | None:
-        given, result = _train_job(config, trust)
+        given, result = _train_job(config, options.trust)
         jobs.append((given, result))
         if result.status == "stopped":
             raise SystemExit(result.exit_code)  # the whole grid stops, not this job alone
         return result.metrics.get("val_loss")
 
-    _hand_over(name, argv, overrides, job)
+    _hand_over(name, options, job)
     from llmtrain.story import compare
 
     compare(jobs)
@@ -160,8 +187,6 @@ def _sweep(name: str, argv: list[str], overrides: list[str], trust: Sequence[str
 
 def _train_job(composed: Any, trust: Sequence[str]) -> tuple[list[str], Result]:
     """One job of a grid, as Hydra hands it over: its overrides and what it ended with."""
-    from pathlib import Path
-
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -173,7 +198,7 @@ def _train_job(composed: Any, trust: Sequence[str]) -> tuple[list[str], Result]:
     hydra = HydraConfig.get()
     if values["run"]["name"] is None:
         folder = Path(hydra.sweep.dir) / str(hydra.sweep.subdir)
-        root = Path(values["run"]["dir"])
+        root = Path(values["run"]["dir"]).expanduser()
         values["run"]["name"] = str(folder.relative_to(root)) if folder.is_relative_to(root) else folder.name
     plain: dict[str, Any] = {str(k): v for k, v in values.items()}
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
@@ -181,43 +206,48 @@ def _train_job(composed: Any, trust: Sequence[str]) -> tuple[list[str], Result]:
     return given, run_train(check(plain, trust), Origin(choices, given))
 
 
-def _settings(command: str, argv: list[str]) -> tuple[Any, list[str], int]:
+def _settings(command: str, options: argparse.Namespace) -> tuple[Any, int]:
     """The checked settings of a command that reads a run; None where there is nothing more to do."""
-    options, trust = _parse(command, argv)
-    overrides = [mend(o) for o in options.overrides]
-    prepare(options.config_dir)
     name = options.config_name or command
     if options.shell_completion:
-        return None, trust, _complete(name, argv)
+        return None, _complete(name, options)
     if options.help:
         from llmtrain.explain import show_command
 
         show_command(command)
-        return None, trust, 0
-    job = compose_jobs(name, overrides, False)[0]
+        return None, 0
+    job = compose_jobs(name, options.overrides, False)[0]
     misfits = list(job.misfits)
-    try:
-        settings = check_command(command, job.values)
-    except ConfigError as error:
-        told = {m.key for m in misfits}
-        misfits += [m for m in error.misfits if m.key not in told]
+    settings = None
+    if job.values is not None:
+        try:
+            settings = check_command(command, job.values)
+        except ConfigError as error:
+            told = {m.key for m in misfits}
+            misfits += [m for m in error.misfits if m.key not in told]
     _raise_all([misfits])
-    if any(getattr(options, flag) for flag in _HYDRA_ONLY):
-        return None, trust, _hand_over(name, argv, overrides)
-    return settings, trust, 0
+    if options.cfg or options.info or options.hydra_help:
+        return None, _show(name, options)
+    return settings, 0
 
 
-def _complete(name: str, argv: list[str]) -> int:
-    """Hydra's completion, with the other words for a group taken as well."""
+def _complete(name: str, options: argparse.Namespace) -> int:
+    """Hydra's completion, with the other words for a group taken as well; silent where it knows nothing."""
+    if not any(word.startswith("query=") for word in options.overrides):
+        return _show(name, options)
     line = os.environ.get("COMP_LINE", "")
-    words = line.split(" ")
-    typed = next((word for word in ALIASES if words[-1].startswith((f"{word}.", f"{word}="))), None)
-    os.environ["COMP_LINE"] = " ".join([*words[:-1], mend(words[-1])])
+    last = line.split(" ")[-1]
+    typed = next((word for word in ALIASES if last.startswith((f"{word}.", f"{word}="))), None)
+    os.environ["COMP_LINE"] = " ".join(mend(word) for word in line.split(" "))
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = _hand_over(name, argv, [w for w in argv if not w.startswith("-")])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            _raise_all([job.misfits for job in compose_jobs(name, [], False)])
+            _hand_over(name, options, _nothing)
+        except (*UNREADABLE, SystemExit):
+            return 0
     text = out.getvalue()
     if typed is not None:
-        text = " ".join(choice.replace(ALIASES[typed], typed, 1) for choice in text.split(" "))
+        text = re.sub(rf"^{ALIASES[typed]}(?=[.=])|(?<=\s){ALIASES[typed]}(?=[.=])", typed, text)
     print(text, end="")
-    return code
+    return 0

@@ -1,21 +1,19 @@
-"""From YAML files and overrides to plain values, with Hydra; and the refusal of what is not data.
+"""From YAML files and overrides to plain values, with Hydra.
 
 Hydra stops at the first mistake. Here every override is looked at by itself first and those that cannot
-stand are set aside, so that all mistakes, Hydra's and ours, come in one report. A config is data: one that
-would run code, set the environment or read it is refused as soon as it is composed.
+stand are set aside, so that all mistakes, Hydra's and ours, come in one report.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
@@ -26,26 +24,19 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain.build import GROUPS
+from llmtrain.inert import check_searchpath, close_environment, not_data
 from llmtrain.knobs import ConfigError, Misfit, nearest
 
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
-_RESOLVERS = {
-    "unless",
-    "over",
-    "oc.select",
-    "oc.deprecated",
-    "oc.create",
-    "oc.dict.keys",
-    "oc.dict.values",
-    "now",
-    "hydra",
-}
-_HYDRAS_OWN = ("hydra._internal.", "hydra_plugins.")
+_BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+UNREADABLE = (yaml.YAMLError, HydraException, OmegaConfBaseException, OSError, ValueError)
+"""What is raised for YAML files that cannot be read or composed."""
 
 
 def config_folder() -> Path:
@@ -59,14 +50,14 @@ class Composed:
     """What one job's YAML files and overrides come to.
 
     Attributes:
-        values: Nested dicts of plain values, interpolations resolved.
+        values: Nested dicts of plain values, interpolations resolved; None where nothing could be composed.
         choices: For each config group the option that was taken.
         overrides: The overrides that were given, with their spelling mended.
         misfits: What could not be composed.
         spoiled: Groups whose option could not be found or guessed: what is said of their knobs is not to be trusted.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] | None = None
     choices: dict[str, str] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     misfits: list[Misfit] = field(default_factory=list)
@@ -81,22 +72,23 @@ def mend(override: str) -> str:
 
 
 def prepare(config_dir: str | None) -> None:
-    """Makes Hydra look into the user's folder before ours, and know our resolvers. Call it once a process."""
+    """Makes Hydra look into the user's folder before ours, and know our resolvers."""
     OmegaConf.register_new_resolver("unless", _unless, replace=True)
     OmegaConf.register_new_resolver("over", lambda a, b: float(a) / float(b), replace=True)
-    if config_dir is not None:
-        folder = Path(config_dir).resolve()
-        if not folder.is_dir():
-            raise ConfigError([Misfit("--config-dir", config_dir, "no such folder")])
-        _UserFolder.path = folder
-        Plugins.instance().register(_UserFolder)
+    OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
+    close_environment()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError([Misfit("--config-dir", config_dir, "no such folder")])
+    _UserFolder.path = Path(config_dir).resolve() if config_dir is not None else None
+    Plugins.instance().register(_UserFolder)
 
 
 class _UserFolder(SearchPathPlugin):
-    path: Path
+    path: Path | None = None
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.prepend(provider="user", path=f"file://{self.path}")
+        if self.path is not None:
+            search_path.prepend(provider="user", path=f"file://{self.path}")
 
 
 def _unless(default: Any, *others: Any) -> Any:
@@ -117,18 +109,53 @@ def compose_jobs(config_name: str, overrides: Sequence[str], multirun: bool) -> 
     """
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3", job_name="llmtrain"):
         loader = GlobalHydra.instance().config_loader()
-        _refuse_code_paths(config_name)
         parser = OverridesParser.create(config_loader=loader)
         parsed, misfits = _parse(parser, overrides, multirun)
-        jobs = [[_line(p) for p in parsed]]
+        check_searchpath(_searchpath(config_name, parsed, loader))
+        jobs = [parsed]
         if multirun:
-            grid = [p for p in parsed if not p.is_hydra_override() and not _is_interval(p)]
-            jobs = BasicSweeper.split_arguments(grid, None)[0]
-        composed = [_compose_one(config_name, loader, parser.parse_overrides(job)) for job in jobs]
+            jobs, wrong = _grid(config_name, loader, parser, parsed)
+            misfits += wrong
+        composed = [_compose_one(config_name, loader, job) for job in jobs]
     for job in composed:
         job.misfits = misfits + job.misfits
-        job.overrides = [o for o in overrides] if not multirun else job.overrides
+        job.overrides = [*overrides] if not multirun else job.overrides
     return composed
+
+
+def _grid(
+    config_name: str, loader: ConfigLoader, parser: OverridesParser, parsed: list[Override]
+) -> tuple[list[list[Override]], list[Misfit]]:
+    """The overrides of each job of a grid, and what is wrong with the config that Hydra's sweeper works from."""
+    fixed = [override for override in parsed if not override.is_sweep_override()]
+    whole = Composed()
+    config = _load(config_name, loader, fixed, whole, RunMode.MULTIRUN)
+    if config is None:
+        return [fixed], whole.misfits
+    if config.hydra.sweeper.get("_target_") == _BASIC_SWEEPER:
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        listed, wrong = _parse(parser, params, multirun=True)
+        parsed = listed + parsed
+        rule = "has no steps, so there is no grid of it; write range(A,B,STEP) or the values"
+        wrong += [Misfit(o.key_or_group, _line(o).partition("=")[2], rule) for o in parsed if _is_interval(o)]
+        whole.misfits += wrong
+    hydras = [override for override in fixed if override.is_hydra_override()]
+    varied = [override for override in parsed if not override.is_hydra_override() and not _is_interval(override)]
+    jobs = BasicSweeper.split_arguments(varied, None)[0]
+    return [hydras + parser.parse_overrides(job) for job in jobs], whole.misfits
+
+
+def _searchpath(config_name: str, parsed: Sequence[Override], loader: Any) -> list[Any]:
+    """Where Hydra is going to look for YAML: it reads this before anything else, so we do too."""
+    places: Any = next((o.value() for o in parsed if o.get_key_element() == "hydra.searchpath"), None)
+    if places is None:
+        try:
+            primary = loader.repository.load_config(config_path=config_name)
+            places = OmegaConf.select(primary.config, "hydra.searchpath") if primary is not None else None
+            return list(places) if isinstance(places, ListConfig) else []
+        except UNREADABLE:
+            pass  # told by the composition that follows
+    return places if isinstance(places, list) else []
 
 
 def _line(override: Override) -> str:
@@ -147,7 +174,7 @@ def _parse(parser: OverridesParser, overrides: Sequence[str], multirun: bool) ->
     for line in overrides:
         key, _, value = line.partition("=")
         try:
-            override = parser.parse_override(line)
+            override = parser.parse_overrides([line])[0]
         except OverrideParseException:
             rule = "cannot be read as KEY=VALUE; quote a value with spaces or brackets: 'KEY=\"...\"'"
             misfits.append(Misfit(key, value, rule))
@@ -155,6 +182,8 @@ def _parse(parser: OverridesParser, overrides: Sequence[str], multirun: bool) ->
         if override.is_sweep_override() and not multirun:
             rule = "several values are a sweep: add -m; for one list write [a,b], for one text quote it"
             misfits.append(Misfit(key, value, rule))
+        elif not override.key_or_group:
+            misfits.append(Misfit(line, value, "has no key; write KEY=VALUE"))
         else:
             parsed.append(override)
     return parsed, misfits
@@ -163,6 +192,18 @@ def _parse(parser: OverridesParser, overrides: Sequence[str], multirun: bool) ->
 def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Override]) -> Composed:
     """Composes what can be composed; what cannot is told in `misfits`."""
     job = Composed(overrides=[_line(override) for override in overrides])
+    config = _load(config_name, loader, overrides, job, RunMode.RUN)
+    if config is not None:
+        job.choices = {k: v for k, v in config.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+        nodes = {str(k): config._get_node(k) for k in config if k != "hydra" and not OmegaConf.is_missing(config, k)}
+        job.values = {key: _plain(node, key, job.misfits) for key, node in nodes.items()}
+    return job
+
+
+def _load(
+    config_name: str, loader: ConfigLoader, overrides: list[Override], job: Composed, mode: RunMode
+) -> DictConfig | None:
+    """Lets Hydra compose, with what it would stop at set aside; None where the config is broken or not data."""
     lines = []
     for override in overrides:
         line, misfit = _settle(override, loader)
@@ -173,18 +214,18 @@ def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Overrid
         if line is not None:
             lines.append(line)
     try:
-        config = compose(config_name, lines, return_hydra_config=True)
+        config = loader.load_configuration(config_name, lines, mode, from_shell=False)
     except yaml.YAMLError as error:
         job.misfits.append(_broken_yaml(error))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        job.misfits.append(_from_hydra(error, config_name))
+    except KeyError as error:  # Hydra copies the environment as it composes
+        job.misfits.append(Misfit("hydra.job.env_copy", error.args[0], "a config is data; it copies no environment"))
+    except UNREADABLE as error:
+        job.misfits.append(from_hydra(error, config_name))
     else:
-        job.choices = {k: v for k, v in config.hydra.runtime.choices.items() if not k.startswith("hydra/")}
-        refused = _not_data(config)
+        refused = not_data(config)
         job.misfits += refused
-        if not refused:  # else nothing of it is resolved: what must not be read is not read
-            job.values = _plain({k: config._get_node(k) for k in config if k != "hydra"}, "", job.misfits)
-    return job
+        return config if not refused else None  # what must not be read is not resolved
+    return None
 
 
 def _settle(override: Override, loader: ConfigLoader) -> tuple[str | None, Misfit | None]:
@@ -206,65 +247,18 @@ def _settle(override: Override, loader: ConfigLoader) -> tuple[str | None, Misfi
 
 
 def _plain(node: Any, key: str, misfits: list[Misfit]) -> Any:
-    """Resolves a config into plain dicts and lists; what cannot be resolved is told, not raised."""
-    if isinstance(node, dict):
-        return {k: _plain(v, k, misfits) for k, v in node.items()}
+    """Resolves a config into plain dicts and lists; what has no value is left out, what cannot be resolved is told."""
     try:
         if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
-            return {str(k): _plain(node._get_node(k), f"{key}.{k!s}", misfits) for k in node}
+            inner: dict[str, Any] = {str(k): node._get_node(k) for k in node}
+            return {k: _plain(v, f"{key}.{k}", misfits) for k, v in inner.items() if not v._is_missing()}
         if isinstance(node, ListConfig) and not node._is_interpolation() and not node._is_none():
             return [_plain(node._get_node(i), f"{key}[{i}]", misfits) for i in range(len(node))]
-        if node._is_missing():
-            misfits.append(Misfit(key, "???", "has no value; give one with KEY=VALUE"))
-            return None
         value = node._dereference_node()
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value._value()
     except OmegaConfBaseException as error:
         misfits.append(Misfit(key, str(node._value()), "cannot be resolved: " + str(error).splitlines()[0]))
         return None
-
-
-def _not_data(config: DictConfig) -> list[Misfit]:
-    """Everything in a composed config that would run code or touch the environment."""
-    misfits = []
-    for key, value in _leaves(OmegaConf.to_container(config, resolve=False)):
-        hydras = key.startswith("hydra.")
-        if key.startswith("hydra.callbacks."):
-            misfits.append(Misfit(key, value, "a config is data; callbacks would run code"))
-        elif key.startswith(("hydra.job.env_set.", "hydra.job.env_copy[")):
-            misfits.append(Misfit(key, value, "a config is data; set the environment in the shell instead"))
-        elif key.rsplit(".", 1)[-1] == "_target_" and not (hydras and str(value).startswith(_HYDRAS_OWN)):
-            rule = "a config is data and never names code to import; choose a part with name: and --trust"
-            misfits.append(Misfit(key, value, rule))
-        elif isinstance(value, str):
-            for resolver in re.findall(r"\$\{\s*([\w.]+)\s*:", value):
-                if resolver not in _RESOLVERS and not (hydras and resolver.startswith("oc.dict")):
-                    rule = f"a config is data and does not read the environment: ${{{resolver}:...}} is refused"
-                    misfits.append(Misfit(key, value, rule))
-    return misfits
-
-
-def _leaves(node: Any, key: str = "") -> list[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        return [leaf for k, v in node.items() for leaf in _leaves(v, f"{key}.{k}" if key else str(k))]
-    if isinstance(node, list) and node:
-        return [leaf for i, v in enumerate(node) for leaf in _leaves(v, f"{key}[{i}]")]
-    return [(key, node)] if node not in ({}, []) else []
-
-
-def _refuse_code_paths(config_name: str) -> None:
-    """A user's primary config may not make Hydra import a package for the sake of its YAML files."""
-    path = getattr(_UserFolder, "path", None)
-    file = path / f"{config_name.removesuffix('.yaml')}.yaml" if path is not None else None
-    if file is None or not file.is_file():
-        return
-    try:
-        places = OmegaConf.select(OmegaConf.load(file), "hydra.searchpath", default=None) or []
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return  # told by the composition that follows
-    if any(not str(place).startswith("file://") for place in places):
-        rule = "a config is data; it may name folders (file://...) but no packages to import"
-        raise ConfigError([Misfit("hydra.searchpath", list(places), rule)])
 
 
 def _broken_yaml(error: yaml.YAMLError) -> Misfit:
@@ -273,8 +267,10 @@ def _broken_yaml(error: yaml.YAMLError) -> Misfit:
     return Misfit(where, getattr(error, "problem", None) or "broken", "is not valid YAML")
 
 
-def _from_hydra(error: Exception, config_name: str) -> Misfit:
+def from_hydra(error: Exception, config_name: str) -> Misfit:
     """A composition error of Hydra's in our words."""
+    if isinstance(error, UnicodeDecodeError):
+        return Misfit("config", config_name, f"a YAML file of it is not UTF-8: {error.reason} at byte {error.start}")
     if isinstance(error, MissingConfigException):
         missing = str(error.missing_cfg_file or config_name)
         options = list(error.options or [])
@@ -282,17 +278,14 @@ def _from_hydra(error: Exception, config_name: str) -> Misfit:
         return Misfit("config", missing, rule, nearest(missing.rsplit("/", 1)[-1], options))
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = " ".join(line.strip() for line in (str(error) or str(cause)).splitlines())
-    unlisted = re.match(r"Could not override '([^']+)'. No match in the defaults list", text)
-    if unlisted:
-        group = unlisted.group(1)
+    if unlisted := re.match(r"Could not override '([^']+)'. No match in the defaults list", text):
+        group = unlisted[1]
         rule = f"this config has its values written out and no groups to choose from; override {group}.KNOB instead"
         return Misfit(group, config_name, rule if group in GROUPS else "no such group in the defaults list")
-    return Misfit(getattr(cause, "full_key", None) or "config", config_name, re.sub(r"\s*To append.*", "", text))
-
-
-def hydra_main(config_name: str, argv: Sequence[str], task: Any) -> None:
-    """Hands the command line to Hydra itself: grids, `--cfg`, `--info`, `--help`, completion."""
-    import hydra
-
-    sys.argv = [sys.argv[0], *argv]
-    hydra.main(config_path=str(config_folder()), config_name=config_name, version_base="1.3")(task)()
+    if twice := re.match(r"Multiple values for (\S+)\. To override", text):
+        return Misfit(twice[1], config_name, f"is chosen twice; to choose another one write {twice[1]}=NAME")
+    if unknown := re.search(
+        r"(?:override (\S+)\? )?To append to your (?:config|default list) use \+([^=]+)=(.*)", text
+    ):
+        return Misfit(unknown[2], unknown[3], "no such knob", unknown[1])
+    return Misfit("config", config_name, text)

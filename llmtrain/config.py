@@ -8,7 +8,7 @@ its value in `conf/config.yaml`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from llmtrain.build import GROUPS, Choice, choose, validate
@@ -286,7 +286,18 @@ def read(given: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[RunConfig
         misfits += wrong
     if checked["train"] is not None:
         misfits += _lengths(given["train"])
-    return RunConfig(**checked), misfits
+    return RunConfig(**checked), [_elsewhere(misfit, checked) for misfit in misfits]
+
+
+def _elsewhere(misfit: Misfit, checked: Mapping[str, Any]) -> Misfit:
+    """For a knob that its section does not have: the one of that name in another section, if there is one."""
+    schemas = {name: knobs_of(section) for name, section in SECTIONS.items()}
+    schemas |= {group: choice.part.knobs for group in GROUPS if (choice := checked[group]) is not None}
+    section, _, knob = misfit.key.partition(".")
+    if section not in schemas or knob in schemas[section]:
+        return misfit
+    found = next((f"{other}.{knob}" for other, schema in schemas.items() if knob in schema), None)
+    return replace(misfit, suggestion=found or misfit.suggestion)
 
 
 def check_command(command: str, given: Mapping[str, Any]) -> Any:

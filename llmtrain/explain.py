@@ -214,6 +214,14 @@ def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
     console.print()
 
 
+def complete(word: str) -> int:
+    """Prints what there is to ask that begins like this, for tab completion."""
+    chosen = [f"{group}={option}" for group in GROUPS for option in options(group)]
+    known = [*GROUPS, *SECTIONS, *COMMANDS, "resume", *chosen, *_all_keys()]
+    print("\n".join(question for question in dict.fromkeys(known) if question.startswith(word)))
+    return 0
+
+
 def _all_keys() -> list[str]:
     keys = [knob.key for name in SECTIONS for knob in section_topic(name).knobs.values()]
     for group in GROUPS:

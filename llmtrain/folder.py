@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from llmtrain.knobs import ConfigError, Misfit, UserError
 
 _NAME = re.compile(r"[\w.+=,@-]+(/[\w.+=,@-]+)*")
+_LONGEST = 255
 
 
 def check_name(name: str | None) -> None:
@@ -30,11 +32,24 @@ def check_name(name: str | None) -> None:
     if not _NAME.fullmatch(name) or any(part.strip(".") == "" for part in name.split("/")):
         rule = "must be a file name: letters, digits and . _ + = , @ -, folders separated by /, none of them .."
         raise ConfigError([Misfit("run.name", name, rule)])
+    if len(name.encode()) > _LONGEST:
+        raise ConfigError([Misfit("run.name", name, f"is too long; file systems take {_LONGEST} bytes")])
 
 
 def place(parent: str, name: str | None, stem: str) -> Path:
-    """The folder for a run, not made yet; without a name, one that no other run has."""
-    root = Path(parent).expanduser()
+    """The folder for a run, not made yet; without a name, one that no other run has.
+
+    Raises:
+        ConfigError: If there can be no such folder.
+    """
+    try:
+        root = Path(parent).expanduser()
+        if not stat.S_ISDIR(root.stat().st_mode):
+            raise NotADirectoryError(f"{root} is a file")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # a file in the way, a zero byte, the home of nobody
+        raise ConfigError([Misfit("run.dir", parent, f"can be no folder: {error}")]) from None
     if name is not None:
         folder = root / name
         if not folder.resolve().is_relative_to(root.resolve()):
@@ -102,9 +117,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.yaml"
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: is not the folder of a run: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}: is not the folder of a run: config.yaml holds no config")
+    return config
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -72,8 +72,13 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, misfits: Iterable[Misfit]):
-        self.misfits = list(dict.fromkeys(misfits))
+        self.misfits = unique(misfits)
         super().__init__("; ".join(f"{m.key}={m.value}: {m.rule}" for m in self.misfits))
+
+
+def unique(misfits: Iterable[Misfit]) -> list[Misfit]:
+    """Each misfit once, in the order in which they were found."""
+    return list({(m.key, repr(m.value), m.rule): m for m in misfits}.values())
 
 
 def require(**rules: tuple[bool, Any, str]) -> None:
@@ -93,10 +98,9 @@ def require(**rules: tuple[bool, Any, str]) -> None:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like the given one, or None where none is like it."""
     known = list(known)
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not matches and "." in word:  # a right knob in a wrong section
-        last = word.rsplit(".", 1)[1]
-        matches = [k for k in known if k.rsplit(".", 1)[-1] == last]
+    last = word.rsplit(".", 1)[-1]
+    same = [k for k in known if k.rsplit(".", 1)[-1] == last]  # a right knob in a wrong section, or in none
+    matches = difflib.get_close_matches(word, same, n=1, cutoff=0) or difflib.get_close_matches(word, known, n=1)
     return matches[0] if matches else None
 
 

@@ -42,13 +42,14 @@ class TensorBoard:
         self._writer: Any = None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds one scalar for each metric."""
+        """Adds one scalar for each metric, and hands them to the system."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._step + 1 if self._step else None)
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._step + 1)
         for name, value in metrics.items():
             self._writer.add_scalar(f"val/{name[4:]}" if name.startswith("val_") else f"train/{name}", value, step)
+        self._writer.flush()
 
     def close(self) -> None:
         """Writes what is held back."""

@@ -12,7 +12,10 @@ from llmtrain.knobs import Fraction, Length, Share
 
 
 def _warm(step: int, steps: int, warmup: float) -> tuple[float, float]:
-    """The warm-up's multiplier, and how much of the time after it has passed (0 to 1, 1 at the last step)."""
+    """The warm-up's multiplier, and how much of the time after it has passed.
+
+    That is 0 at the first step after it and 1 at the last; one that is both is at the peak.
+    """
     length = round(warmup * steps) if warmup < 1 else int(warmup)
     if step < length:
         return (step + 1) / length, 0.0

@@ -25,6 +25,12 @@ from llmtrain.knobs import ConfigError, Count, Misfit, require
 END_OF_TEXT = "<|endoftext|>"
 _UNKNOWN = "<|unknown|>"
 _GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_EACH_CHARACTER: dict[str, Any] = {
+    "type": "Split",
+    "pattern": {"Regex": r"[\s\S]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
 _ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of the byte-fallback of SentencePiece
 _TRICKY = "It's  a\ttest\n\n   of 1234 é漢字🙂 x_y=='\\n'\r\n    def f(): pass  \n"
 
@@ -69,11 +75,11 @@ class Tokenizer:
         added = {t["id"] for t in self._settings["added_tokens"]}
         lengths = np.zeros(self.vocab, dtype=np.int64)
         for token, index in self.library.get_vocab().items():
-            if index in special:
-                continue
-            if self._byte_level() and index not in added:  # one character for each byte
+            if index in added:
+                lengths[index] = 0 if index in special else len(token.encode())
+            elif self._byte_level():  # one character for each byte
                 lengths[index] = len(token)
-            elif _ONE_BYTE.fullmatch(token) and index not in added:
+            elif _ONE_BYTE.fullmatch(token):
                 lengths[index] = 1
             else:  # what it adds to a text; at the beginning of one, decoders may drop its space
                 lengths[index] = len(self.decode([index, index]).encode()) - len(self.decode([index]).encode())
@@ -102,7 +108,7 @@ class Tokenizer:
             return None  # the text is cut at added tokens, or merged at random
         if model["type"] == "BPE" and self._byte_level():
             candidate = self._tiktoken(model) if model["merges"] else self._table_of_bytes()
-        elif model["type"] == "WordLevel" and all(len(t) == 1 or t in (END_OF_TEXT, _UNKNOWN) for t in model["vocab"]):
+        elif model["type"] == "WordLevel" and self._settings["pre_tokenizer"] == _EACH_CHARACTER:
             candidate = self._table_of_characters(model)
         if candidate is None or not np.array_equal(candidate(_TRICKY), self._encode_slowly(_TRICKY)):
             return None
@@ -113,8 +119,10 @@ class Tokenizer:
         table = np.array([self.library.token_to_id(alphabet[b]) for b in range(256)])
         return lambda text: table[np.frombuffer(text.encode(), dtype=np.uint8)]
 
-    def _table_of_characters(self, model: dict[str, Any]) -> Callable[[str], np.ndarray]:
-        table = np.full(0x110000, model["vocab"][_UNKNOWN], dtype=np.int64)
+    def _table_of_characters(self, model: dict[str, Any]) -> Callable[[str], np.ndarray] | None:
+        if self._settings["normalizer"] is not None or model["unk_token"] not in model["vocab"]:
+            return None
+        table = np.full(0x110000, model["vocab"][model["unk_token"]], dtype=np.int64)
         for token, index in model["vocab"].items():
             if len(token) == 1:
                 table[ord(token)] = index
@@ -194,7 +202,7 @@ def char(texts: Iterable[str]) -> Tokenizer:
         characters |= set(text)
     vocab = {token: i for i, token in enumerate([*sorted(characters), _UNKNOWN])}
     library = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=_UNKNOWN))
-    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_EACH_CHARACTER["pattern"]["Regex"]), "isolated")
     library.decoder = decoders.Fuse()
     library.add_special_tokens([_UNKNOWN, END_OF_TEXT])
     return Tokenizer(library)

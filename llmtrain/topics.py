@@ -70,8 +70,7 @@ def option_topic(group: str, option: str) -> Topic:
             [Misfit(group, option, "no such group; there are " + ", ".join(GROUPS), nearest(group, GROUPS))]
         )
     file = config_folder() / group / f"{option}.yaml"
-    if not file.is_file():
-        known = options(group)
+    if option not in (known := options(group)):
         raise ConfigError(
             [Misfit(group, option, "no such option; there are " + ", ".join(known), nearest(option, known))]
         )

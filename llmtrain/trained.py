@@ -34,7 +34,9 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     device = _device(settings.device)
     screen = Screen()
     data = prepare_data(config, screen)
-    model = _model(config, data.spec, path, device)
+    model, record = _model(config, data.spec, path, device)
+    if record["fingerprint"] != data.fingerprint:
+        raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
     precision = config.precision.build(device)
     metrics = evaluate(
         model,
@@ -61,7 +63,7 @@ def generate_from(settings: Generation, trust: Sequence[str]) -> int:
     device = _device(settings.device)
     tokenizer = Tokenizer.read(folder / "tokenizer.json")
     spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"])
-    model = _model(config, spec, path, device).eval()
+    model = _model(config, spec, path, device)[0].eval()
     sample = Sample(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Sample)})
     pieces = generate(model, tokenizer, sample)
     if settings.stream:
@@ -98,9 +100,7 @@ def _device(wanted: str) -> torch.device:
     return hardware.choose_device(wanted)
 
 
-def _model(config: RunConfig, spec: DataSpec, path: Path, device: torch.device) -> Any:
-    with torch.device("meta"):  # no weights are made only to be overwritten
-        model: nn.Module = config.model.build(spec)
-    model = model.to_empty(device=device)
-    checkpoint.load_weights(path, model)
-    return model
+def _model(config: RunConfig, spec: DataSpec, path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained model, and the record saved with it."""
+    model: nn.Module = config.model.build(spec).to(device)  # for real: constants, like rope's, are in no checkpoint
+    return model, checkpoint.load_weights(path, model)

@@ -156,8 +156,9 @@ def _next_line(document: Document, offset: int) -> int:
     """Where the next line begins; in the last line, or a very long one, the next character or this one."""
     with document.open() as stream:
         stream.seek(offset)
-        line = stream.readline(PIECE)
-        if line.endswith(b"\n") and offset + len(line) < document.end:
+        line = stream.readline(PIECE + 1)
+        whole = line.endswith(b"\n") and len(line.rstrip(b"\r\n")) < PIECE
+        if whole and offset + len(line) < document.end:
             return offset + len(line)
         stream.seek(max(offset - 3, 0))
         around = stream.read(7)

@@ -33,6 +33,6 @@ def weights_of(groups: ParamGroups) -> list[Tensor]:
     return [p for group in groups if group["kind"] == "shrink" for p in group["params"]]
 
 
-def fused(params: ParamGroups) -> bool:
+def fused(groups: ParamGroups) -> bool:  # not `params`: what takes those alone is an optimizer
     """Whether torch's one-kernel update can take these parameters."""
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in params for p in g["params"])
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])

@@ -12,6 +12,8 @@ from llmtrain.optim.groups import ParamGroups, fused
 def sgd(params: ParamGroups, *, lr: Positive, momentum: Fraction, dampening: Fraction, nesterov: bool) -> Optimizer:
     """SGD with momentum: v = momentum * v + (1 - dampening) * g; w = w - lr * v (Sutskever et al. 2013).
 
+    The first v is the first g, as in torch.
+
     Args:
         lr: Step size at the peak of the schedule. Raise: faster, then divergence. Lower: stabler, slower.
         momentum: Share of the last step that goes on. Raise: smoother and farther-reaching steps, overshoot.

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from llmtrain.compose import ALIASES, Composed, compose_jobs, config_folder, mend, prepare
+from llmtrain.knobs import ConfigError
+
+KEYS = st.from_regex(r"[a-z_]{1,8}(\.[a-z_0-9]{1,6}){0,2}", fullmatch=True)
+VALUES = st.text(max_size=12)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of YAML files of the user's own, not looked into any more afterwards."""
+    yield tmp_path
+    prepare(None)
+
+
+def one(*overrides: str, folder: Path | None = None, name: str = "config") -> Composed:
+    prepare(str(folder) if folder is not None else None)
+    [job] = compose_jobs(name, overrides, multirun=False)
+    return job
+
+
+def grid(*overrides: str, folder: Path | None = None, name: str = "config") -> list[Composed]:
+    prepare(str(folder) if folder is not None else None)
+    return compose_jobs(name, overrides, multirun=True)
+
+
+def told(job: Composed) -> dict[str, Any]:
+    return {misfit.key: misfit.value for misfit in job.misfits}
+
+
+# Spelling
+
+
+@given(
+    sign=st.sampled_from(["", "+", "++", "~"]), end=st.sampled_from([".lr=1", "=sgd", "@x=sgd", "", "=a=b", ".a.b=1"])
+)
+def test_another_word_for_a_group_is_mended_wherever_it_names_the_group(sign: str, end: str):
+    for word, group in ALIASES.items():
+        assert mend(f"{sign}{word}{end}") == f"{sign}{group}{end}"
+
+
+@given(key=KEYS, value=VALUES)
+def test_all_else_is_left_as_it_was_written(key: str, value: str):
+    override = f"{key}={value}"
+    named = key.split(".")[0] in ALIASES
+    assert (mend(override) != override) == named
+    assert mend(mend(override)) == mend(override)
+    assert mend(override).partition("=")[2] == value
+
+
+@pytest.mark.parametrize("override", ["optimizers.lr=1", "my.optimizer.lr=1", "optimizer_lr=1", "x=optimizer=sgd"])
+def test_a_word_that_only_looks_like_another_is_left_alone(override: str):
+    assert mend(override) == override
+
+
+# One run
+
+
+def test_overrides_groups_and_defaults_come_together():
+    job = one("optim=sgd", "optim.momentum=0.5", "train.steps=7")
+    assert job.misfits == []
+    assert job.choices["optim"] == "sgd"
+    assert job.choices["loss"] == "cross_entropy"
+    assert job.overrides == ["optim=sgd", "optim.momentum=0.5", "train.steps=7"]
+    assert job.values is not None
+    assert job.values["optim"] == {"name": "sgd", "lr": 0.1, "momentum": 0.5, "dampening": 0.0, "nesterov": False}
+    assert job.values["train"]["steps"] == 7
+    assert "hydra" not in job.values
+
+
+def test_numbers_of_the_command_line_are_numbers():
+    values = one("optim.lr=2e-5", "optim.eps=5e-4", "train.batch_size=1e6").values
+    assert values is not None
+    assert (values["optim"]["lr"], values["optim"]["eps"], values["train"]["batch_size"]) == (2e-5, 5e-4, 1e6)
+
+
+def test_numbers_of_yaml_files_are_numbers(folder: Path):
+    (folder / "mine.yaml").write_text("defaults: [config, _self_]\noptim: {lr: 2e-5, eps: 5e-4}\ntrain: {steps: 1e6}\n")
+    values = one(folder=folder, name="mine").values
+    assert values is not None
+    assert (values["optim"]["lr"], values["optim"]["eps"], values["train"]["steps"]) == (2e-5, 5e-4, 1e6)
+
+
+def test_unknown_keys_are_let_through_for_the_check_to_tell():
+    values = one("optim.lrr=1", "+optim.extra=2", "seed=3", "++a.b=4").values
+    assert values is not None
+    assert (values["optim"]["lrr"], values["optim"]["extra"]) == (1, 2)
+    assert (values["seed"], values["a"]) == (3, {"b": 4})
+
+
+def test_what_has_no_value_is_left_out_for_the_check_to_tell():
+    job = one("data=text", "model.context=32")
+    assert job.misfits == []
+    assert job.values is not None
+    assert job.values["data"] == {"name": "text", "context": 32, "split": "auto"}
+
+
+def test_every_override_that_cannot_stand_is_told_and_the_others_are_composed():
+    job = one("optim=adamm", "model=gpt_nan", "train.steps=3,4", "oops", "=3", "loss=zzz", "train.seed=5")
+    assert told(job) == {
+        "train.steps": "3,4",
+        "oops": "",
+        "=3": "3",
+        "optim": "adamm",
+        "model": "gpt_nan",
+        "loss": "zzz",
+    }
+    assert {m.key: m.suggestion for m in job.misfits if m.suggestion} == {"optim": "adam", "model": "gpt_nano"}
+    assert job.spoiled == {"loss"}
+    assert job.values is not None
+    assert job.values["train"]["seed"] == 5
+    assert job.choices["optim"] == "adam"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.width=${model.width}", "model.width"),
+        ("model.width=${nowhere}", "model.width"),
+        ("model.width=${nothing:3}", "model.width"),
+        ("~nowhere", "config"),
+        ("+experiment=gpt2", "experiment"),
+        ("hydra.nope=1", "hydra.nope"),
+        ("hydra/launcher=nope", "hydra/launcher"),
+    ],
+)
+def test_what_hydra_stops_at_is_told(override: str, key: str):
+    assert key in told(one(override))
+
+
+def test_a_config_name_that_is_not_there_is_told():
+    assert told(one(name="confg")) == {"config": "confg"}
+
+
+# The user's folder
+
+
+def test_the_users_options_come_before_ours_and_beside_them(folder: Path):
+    (folder / "optim").mkdir()
+    (folder / "optim" / "adam.yaml").write_text("name: adam\nlr: 7.0\n")
+    (folder / "optim" / "mine.yaml").write_text("name: sgd\nlr: 8.0\n")
+    assert one("optim=adam", folder=folder).values["optim"] == {"name": "adam", "lr": 7.0}
+    assert one("optim=mine", folder=folder).values["optim"] == {"name": "sgd", "lr": 8.0}
+    assert one("optim=sgd", folder=folder).values["optim"]["momentum"] == 0.9
+    assert one("optim=adam").values["optim"]["beta1"] == 0.9  # the folder is forgotten with its run
+    assert told(one("optim=mine")) == {"optim": "mine"}
+
+
+def test_the_users_config_may_be_the_primary_one(folder: Path):
+    (folder / "mine.yaml").write_text("defaults: [config, _self_]\ntrain: {steps: 9}\n")
+    for name in ("mine", "mine.yaml"):
+        assert one(folder=folder, name=name).values["train"]["steps"] == 9
+
+
+def test_the_config_that_a_run_wrote_can_be_composed_again(folder: Path):
+    values = one("train.steps=3", "optim=sgd").values
+    OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
+    again = one("train.steps=4", folder=folder)
+    assert again.misfits == []
+    assert again.values == values | {"train": values["train"] | {"steps": 4}}
+    [misfit] = one("optim=adam", folder=folder).misfits
+    assert misfit.key == "optim"
+    assert "no groups to choose from; override optim.KNOB instead" in misfit.rule
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("optim:\n  lr: [1\nx: 2\n", "3:2", "expected ',' or ']', but got ':'"),
+        ("optim: {lr: 1\n", "2:1", "expected ',' or '}', but got '<stream end>'"),
+        ("a: 1\n\tb: 2\n", "2:1", "found character '\\t' that cannot start any token"),
+        ("a: 1\nb: 2\na: 3\n", "3:1", "found duplicate key a"),
+        ("a: !!python/name:os.system\n", "1:4", "could not determine a constructor for the tag"),
+    ],
+)
+def test_broken_yaml_is_told_with_file_and_line(folder: Path, text: str, where: str, what: str):
+    for name, file in (("config", "optim/mine.yaml"), ("mine", "mine.yaml")):
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        [misfit] = one(*(["optim=mine"] if name == "config" else []), folder=folder, name=name).misfits
+        assert misfit.key.startswith(f"{path}:{where}")
+        assert what in misfit.value
+        assert misfit.rule == "is not valid YAML"
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"\xff\xfea\x00:\x00 \x001\x00", "is not UTF-8"),
+        (b"- a\n", "must be a DictConfig"),
+        (b"5\n", "Invalid loaded object type: int"),
+        (b"defaults: 5\n", "defaults must be a list"),
+        (b"defaults: [config, _self_]\nhydra: 5\n", "int is not a subclass of HydraConf"),
+        (b"defaults: [config, _self_]\noptim: [1]\n", "Cannot merge DictConfig with ListConfig"),
+        (b"defaults: [config, _self_]\nnull: 1\n", "Incompatible key type"),
+        (b"defaults: [config, {optim: nope}, _self_]\n", "there are adam, adamw, sgd"),
+        (b"defaults: [confg, _self_]\n", "no such config"),
+    ],
+)
+def test_a_file_that_is_no_config_is_told(folder: Path, content: bytes, rule: str):
+    (folder / "mine.yaml").write_bytes(content)
+    [misfit] = one(folder=folder, name="mine").misfits
+    assert misfit.key == "config"
+    assert rule in misfit.rule
+
+
+def test_an_empty_config_is_one_without_values(folder: Path):
+    (folder / "mine.yaml").write_text("")
+    assert one(folder=folder, name="mine").values == {}
+
+
+def test_keys_that_are_no_text_are_told_as_text(folder: Path):
+    (folder / "mine.yaml").write_text("defaults: [config, _self_]\n3: {4: 5}\n")
+    assert one(folder=folder, name="mine").values["3"] == {"4": 5}
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file"])
+def test_a_folder_that_is_none_is_told(folder: Path, place: str):
+    (folder / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        prepare(str(folder / place))
+    assert [m.key for m in caught.value.misfits] == ["--config-dir"]
+
+
+def test_the_configs_lie_beside_the_package():
+    assert (config_folder() / "config.yaml").is_file()
+
+
+# Grids
+
+
+def test_a_grid_has_a_job_for_each_combination():
+    jobs = grid("optim.lr=1e-3,1e-4", "optim=adam,sgd", "train.seed=range(1,3)", "train.steps=2")
+    assert [job.misfits for job in jobs] == [[]] * 8
+    points = {(j.choices["optim"], j.values["optim"]["lr"], j.values["train"]["seed"]) for j in jobs}
+    assert points == {(o, lr, seed) for o in ("adam", "sgd") for lr in (1e-3, 1e-4) for seed in (1, 2)}
+    assert {job.values["train"]["steps"] for job in jobs} == {2}
+    assert sorted(jobs[0].overrides) == ["optim.lr=0.001", "optim=adam", "train.seed=1", "train.steps=2"]
+
+
+def test_a_glob_takes_every_option():
+    assert [job.choices["optim"] for job in grid("optim=glob(*)")] == ["adam", "adamw", "sgd"]
+    assert [job.choices["optim"] for job in grid("optim=glob(adam*)")] == ["adam", "adamw"]
+
+
+def test_a_grid_of_one_is_one_job():
+    assert [job.values["train"]["steps"] for job in grid("train.steps=3")] == [3]
+
+
+def test_the_misfits_of_a_grid_stand_at_the_jobs_that_have_them():
+    assert [told(job) for job in grid("optim=adam,adamm")] == [{}, {"optim": "adamm"}]
+
+
+def test_a_range_without_steps_is_told():
+    assert [told(job) for job in grid("optim.lr=interval(1,2)", "train.steps=3")] == [{"optim.lr": "interval(1,2)"}]
+
+
+def test_several_values_of_one_run_are_told_to_be_a_sweep():
+    for value in ("1,2", "choice(1,2)", "range(1,3)", "interval(1,2)", "glob(*)"):
+        [misfit] = one(f"train.steps={value}").misfits
+        assert (misfit.key, misfit.value) == ("train.steps", value)
+        assert "add -m" in misfit.rule
+
+
+def test_a_grid_may_stand_in_a_config(folder: Path):
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "rates.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      optim.lr: 0.5,-1\n      train.seed: range(1,3)\n"
+    )
+    jobs = grid("experiment=rates", "train.seed=7", folder=folder)
+    assert [job.misfits for job in jobs] == [[], []]
+    assert [(j.values["optim"]["lr"], j.values["train"]["seed"]) for j in jobs] == [(0.5, 7), (-1, 7)]

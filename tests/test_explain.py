@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import re
+import types
+import typing
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+
+from llmtrain.build import GROUPS, find, parts
+from llmtrain.config import COMMANDS, SECTIONS, knobs_of
+from llmtrain.topics import Knob, command_topic, option_topic, options, part_knobs, resume_knob, section_topic
+
+EVERY_KNOB = {
+    **{f"{g}={p.name}": (p.knobs, part_knobs(p)) for g in GROUPS for p in parts(g).values()},
+    **{f"section {name}": (knobs_of(kind), section_topic(name).knobs) for name, kind in SECTIONS.items()},
+    **{f"command {name}": (knobs_of(kind), command_topic(name).knobs) for name, kind in COMMANDS.items()},
+}
+
+
+def untold(knob: Knob, kind: Any) -> list[str]:
+    """What a person who meets a knob for the first time is not told of it."""
+    told = " ".join((knob.meaning, knob.raised, knob.lowered, knob.rest)).strip()
+    missing = [] if knob.meaning.strip() else ["what it is"]
+    for base, bounds in _atoms(kind):
+        if base in (int, float):
+            if not any(isinstance(bound, Ge | Gt | Le | Lt) for bound in bounds):
+                missing.append("its range")
+            if not (knob.raised and knob.lowered) and "Raise or lower:" not in told:
+                missing.append("what raising and lowering it does")
+        choices = ("true", "false") if base is bool else typing.get_args(base)
+        missing += [f"what {choice} means" for choice in choices if not re.search(rf"(?:^|\. ){choice}: \w", told)]
+    return missing
+
+
+def _atoms(kind: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The plain types within a type, each with its bounds."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        base, *bounds = typing.get_args(kind)
+        return [(inner, (*bounds, *more)) for inner, more in _atoms(base)]
+    if origin in (typing.Union, types.UnionType, list):
+        return [atom for choice in typing.get_args(kind) for atom in _atoms(choice)]
+    return [(kind, ())]
+
+
+@pytest.mark.parametrize("where", EVERY_KNOB)
+def test_every_knob_says_what_it_is_and_does(where: str):
+    schema, told = EVERY_KNOB[where]
+    assert list(told) == list(schema)
+    assert {key: untold(told[key], kind) for key, kind in schema.items()} == {key: [] for key in schema}
+
+
+def test_resume_says_what_each_of_its_words_does():
+    assert [word for word in ("never:", "auto:", "path") if word not in resume_knob().meaning] == []
+
+
+def test_a_knob_that_leaves_something_out_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = f"own_{uuid.uuid4().hex}"
+    source = '''
+        def step(params, *, good: Positive, bare: float, vague: Fraction, half: Count, mute: bool | None, seed: Natural,
+                 mode: Literal["soft", "hard"], flag: bool, switch: bool):
+            """A step.
+
+            Args:
+                good: Its size. Raise: faster. Lower: slower.
+                bare: Its size. Raise: faster. Lower: slower.
+                vague: Its direction.
+                half: How often. Raise: more.
+                seed: Of the draws. Raise or lower: another draw.
+                mode: soft: with care.
+                flag: Whether it is true.
+                switch: true: on. false: off.
+            """
+    '''
+    (tmp_path / f"{package}.py").write_text(dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    part = find("optim", f"{package}:step", [package])
+    told = part_knobs(part)
+    assert {key: untold(told[key], kind) for key, kind in part.knobs.items()} == {
+        "good": [],
+        "bare": ["its range"],
+        "vague": ["what raising and lowering it does"],
+        "half": ["what raising and lowering it does"],
+        "mute": ["what it is", "what true means", "what false means"],
+        "seed": [],
+        "mode": ["what hard means"],
+        "flag": ["what true means", "what false means"],
+        "switch": [],
+    }
+
+
+def test_a_meaning_is_split_where_raise_and_lower_begin():
+    knobs = part_knobs(parts("optim")["adam"])
+    assert knobs["beta2"] == Knob(
+        "optim.beta2",
+        "number >= 0 and < 1",
+        "Decay of the second moment, the mean squared gradient.",
+        "steadier step sizes, slow to see a change of scale.",
+        "adapts faster, noisier; 0.95 is usual for language models.",
+        "",
+    )
+    assert parts("optim")["adam"].knobs.keys() == knobs.keys()
+
+
+def told_by(text: str) -> str:
+    """The text of a table, without its columns."""
+    return " ".join(text.split())
+
+
+def test_explain_alone_names_every_group_option_and_section(call):
+    said = call("explain")
+    assert said.code == 0
+    assert [g for g in GROUPS if not re.search(rf"^{g} .*{GROUPS[g].meaning[:20]}", said.out, re.M)] == []
+    assert [o for g in GROUPS for o in options(g) if o not in said.out] == []
+    assert [k for s in SECTIONS for k in knobs_of(SECTIONS[s]) if k not in said.out] == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_explain_names_the_options_of_a_group(call, group: str):
+    said = call("explain", group)
+    assert said.code == 0
+    assert [o for o in options(group) if f"{group}={o}" not in said.out] == []
+
+
+@pytest.mark.parametrize("key", ["optim.beta1", "optimizer.beta1"])
+def test_explain_tells_one_knob_in_full(call, key: str):
+    said = call("explain", key)
+    told = told_by(said.out)
+    knob = part_knobs(parts("optim")["adam"])["beta1"]
+    assert said.code == 0
+    assert knob.key == "optim.beta1"
+    for text in (knob.key, knob.kind, knob.meaning, knob.raised, knob.lowered):
+        assert text in told
+    assert "0.9 (optim=adam, conf/optim/adam.yaml)" in told
+    assert "llmtrain.optim.adaptive.adam" in told
+    assert "arXiv:1412.6980" in told
+    assert "llmtrain train optim.beta1=VALUE" in told
+
+
+def test_explain_tells_a_knob_once_for_all_options_that_mean_the_same_by_it(call):
+    told = told_by(call("explain", "regularization.l1").out)
+    assert told.count("regularization.l1 number >= 0") == 1
+    assert all(f"(regularization={option}," in told for option in options("regularization"))
+
+
+@pytest.mark.parametrize("question", ["optim=sgd", "optimizer=sgd", "train", "generate", "data.context", "resume"])
+def test_explain_answers_by_option_section_command_and_knob(call, question: str):
+    said = call("explain", question)
+    told = told_by(said.out)
+    expected: Mapping[str, list[str]] = {
+        "sgd": ["momentum", "0.9", "conf/optim/sgd.yaml", "llmtrain.optim.sgd.sgd"],
+        "train": ["batch_size", "conf/config.yaml", "llmtrain.config.Train", "seed"],
+        "generate": ["temperature", "stream", "conf/generate.yaml", "llmtrain.config.Generation"],
+        "context": ["data.context integer >= 1", "conf/data/text.yaml", "conf/data/stdlib.yaml"],
+        "resume": ["never", "auto"],
+    }
+    assert said.code == 0
+    assert [text for text in expected[re.split("[.=]", question)[-1]] if text not in told] == []
+
+
+def test_section_and_command_of_one_name_are_told_apart(call):
+    assert "every" in call("explain", "eval").out
+    said = call("eval", "--help")
+    assert said.code == 0
+    assert "usage: llmtrain eval run=VALUE [checkpoint=VALUE]" in said.out
+    assert "llmtrain.config.Evaluation" in said.out
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ("optimm", "Did you mean optim?"),
+        ("optim=adamm", "Did you mean adam?"),
+        ("optim=nothing", "there are adam, adamw, sgd"),
+        ("nothing=adam", "no such group"),
+        ("optim.momentun", "Did you mean momentum?"),
+        ("train.step", "Did you mean steps?"),
+        ("lr", "Did you mean optim.lr?"),
+        ("quux", "no such group, section or knob"),
+        ("../../etc=passwd", "no such group"),
+        ("optim=../loss/cross_entropy", "no such option"),
+    ],
+)
+def test_a_question_without_an_answer_gets_a_hint(call, question: str, told: str):
+    said = call("explain", question)
+    assert said.code == 2
+    assert told in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_explain_shows_how_to_ask(call):
+    assert call("explain", "--help").out.startswith("usage: llmtrain explain")
+    assert call("explain", "--help").code == 0
+    assert call("explain", "optim", "train").code == 2
+
+
+def test_the_page_of_all_knobs_has_them_all(call):
+    page = call("explain", "--markdown").out
+    for _, told in EVERY_KNOB.values():
+        for knob in told.values():
+            meaning = " ".join(filter(None, (knob.meaning, knob.rest))).replace("|", "\\|")
+            assert f"| `{knob.key.split('.', 1)[1]}` | " in page
+            assert f" | {knob.kind} | {meaning} | {knob.raised} | {knob.lowered} |" in page
+
+
+def test_values_shown_are_those_of_the_yaml_files():
+    assert option_topic("optim", "adam").values["beta2"] == 0.95
+    assert section_topic("sample").values["temperature"] == command_topic("generate").values["temperature"]

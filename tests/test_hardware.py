@@ -1,0 +1,171 @@
+"""What the machine is and what it can do."""
+
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from toy import CPU, KNOBS, make_gpt, preset
+
+from llmtrain import hardware
+from llmtrain.knobs import ConfigError
+from llmtrain.models.decoder import gpt
+from llmtrain.types import DataSpec
+
+# Device
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA GPU") as caught:
+        hardware.choose_device("cuda")
+    assert [misfit.key for misfit in caught.value.misfits] == ["train.device"]
+
+
+@pytest.mark.parametrize(("there", "taken"), [(True, "cuda"), (False, "cpu")])
+def test_auto_takes_the_gpu_if_there_is_one(there, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert hardware.choose_device("auto") == torch.device(taken)
+    assert hardware.choose_device("cpu") == CPU
+
+
+def test_a_cpu_is_named_with_its_threads():
+    name = hardware.device_name(CPU)
+    assert name.startswith(f"CPU, {torch.get_num_threads()} of ")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.float16, 989e12),
+        ("NVIDIA A100-SXM4-40GB", torch.float32, 19.5e12),
+        ("NVIDIA A10G", torch.bfloat16, 125e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("Tesla T4", torch.bfloat16, None),
+        ("Some GPU of tomorrow", torch.bfloat16, None),
+    ],
+)
+def test_peaks_are_found_by_name(name, dtype, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert hardware.peak_flops(torch.device("cuda"), dtype) == peak
+
+
+def test_a_cpus_peak_is_not_known():
+    assert hardware.peak_flops(CPU, torch.float32) is None
+
+
+# FLOPs
+
+
+def matmul_flops(knobs, vocab, tokens):
+    """2 for each weight of a matrix and token, and 2 products of T x T x width in each layer's attention."""
+    width, layers = knobs["width"], knobs["layers"]
+    rows = -(-vocab // knobs["vocab_multiple"]) * knobs["vocab_multiple"]
+    return 2 * (layers * 12 * width**2 + rows * width) * tokens + layers * 4 * tokens**2 * width
+
+
+@pytest.mark.parametrize("name", ["gpt_nano", "gpt_tiny", "gpt_small", "gpt_medium", "gpt_large", "gpt_xl"])
+def test_flops_of_the_presets_follow_the_formula(name):
+    knobs, vocab = preset(name), 50257
+    tokens = knobs["context"]
+    with torch.device("meta"):
+        model = gpt(DataSpec(vocab=vocab, context=tokens), **knobs)
+        counted = hardware.count_flops(model, torch.zeros(1, tokens, dtype=torch.long))
+    assert counted == pytest.approx(matmul_flops(knobs, vocab, tokens), rel=0.01)
+
+
+@pytest.mark.parametrize("knobs", [{"position": "rope"}, {"bias": False}, {"tied_embeddings": False}, {"dropout": 0.1}])
+def test_flops_hold_for_other_knobs_and_grow_with_the_batch(knobs):
+    def count(batch):
+        with torch.device("meta"):
+            model = make_gpt(width=64, heads=4, context=32, **knobs)
+            return hardware.count_flops(model, torch.zeros(batch, 32, dtype=torch.long))
+
+    expected = matmul_flops({"width": 64, "layers": 2, "vocab_multiple": 1}, 11, 32)
+    assert count(1) == pytest.approx(expected, rel=0.01)
+    assert count(3) == 3 * count(1)
+
+
+def test_counting_leaves_no_trace():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        model = gpt(DataSpec(vocab=11, context=8), **KNOBS | {"dropout": 0.5})
+        assert hardware.count_flops(model, torch.zeros(1, 8, dtype=torch.long)) > 0
+    assert torch.equal(torch.rand(3), expected)
+
+
+# The attention kernel
+
+
+def test_the_attention_kernel_is_named():
+    model = make_gpt()
+    inputs = torch.zeros(2, 8, dtype=torch.long)
+    assert hardware.attention_backend(model, inputs, nullcontext).startswith("flash")
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert hardware.attention_backend(model, inputs, autocast).startswith("flash")
+
+
+def test_a_model_without_attention_has_no_kernel():
+    assert hardware.attention_backend(nn.Linear(3, 3), torch.ones(2, 3), nullcontext) is None
+
+
+def test_looking_at_the_kernel_leaves_no_trace():
+    """Else a resumed run, which looks once more, would draw other random numbers than one that was not stopped."""
+    model = make_gpt(dropout=0.5).train()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    hardware.attention_backend(model, torch.zeros(2, 8, dtype=torch.long), nullcontext)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+# Compiled models, run plainly
+
+
+def test_running_plainly_does_not_load_the_compiler(monkeypatch):
+    """Importing it takes a second; where it is not loaded nothing is compiled."""
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(torch.compiler, "set_stance", None)
+    with hardware.eagerly():
+        assert "torch._dynamo" not in sys.modules
+
+
+def test_running_plainly_compiles_nothing():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    for size in (1, 2, 3):
+        with hardware.eagerly():
+            assert torch.equal(compiled(torch.zeros(size)), torch.ones(size))
+    assert seen == []
+    compiled(torch.zeros(4))
+    assert len(seen) == 1  # afterwards it is compiled again
+    torch._dynamo.reset()
+
+
+def test_the_kernel_of_a_compiled_model_is_named_too():
+    model = make_gpt()
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True)
+    assert hardware.attention_backend(model, torch.zeros(2, 8, dtype=torch.long), nullcontext).startswith("flash")
+
+
+# Speed
+
+
+def test_the_rate_of_products_is_measured_on_the_widest_one():
+    rate = hardware.product_rate(CPU, torch.float32, make_gpt(width=64, heads=4), rows=64)
+    assert 1e7 < rate < 1e14  # slower than a wristwatch, faster than any CPU
+    assert hardware.product_rate(CPU, torch.float32, nn.ReLU(), rows=1) > 0

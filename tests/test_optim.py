@@ -1,0 +1,256 @@
+"""Optimizers against torch's plain loops and the formulas in float64; who is treated how."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy import make_gpt
+
+from llmtrain.build import find, parts
+from llmtrain.knobs import ConfigError
+from llmtrain.optim.adaptive import adamw
+from llmtrain.optim.groups import fused, param_groups, weights_of
+from llmtrain.optim.sgd import sgd
+
+SGD = {"lr": 0.05, "momentum": 0.9, "dampening": 0.0, "nesterov": False}
+ADAM = {"lr": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
+CASES = [
+    ("sgd", SGD | {"momentum": 0.0}),
+    ("sgd", SGD),
+    ("sgd", SGD | {"dampening": 0.4}),
+    ("sgd", SGD | {"nesterov": True}),
+    ("adam", ADAM),
+    ("adam", ADAM | {"amsgrad": True}),
+    ("adam", ADAM | {"eps": 0.1, "beta1": 0.0, "beta2": 0.5}),
+    ("adamw", ADAM | {"weight_decay": 0.0}),
+    ("adamw", ADAM | {"weight_decay": 0.3}),
+    ("adamw", ADAM | {"weight_decay": 0.3, "amsgrad": True}),
+]
+
+
+class Toy(nn.Module):
+    """One of each kind of parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 3)
+        self.linear = nn.Linear(3, 5)
+        self.kernel = nn.Conv1d(2, 3, 2)
+        self.norm = nn.LayerNorm(5)
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def make_toy(dtype):
+    torch.manual_seed(0)
+    return Toy().to(dtype)
+
+
+def decays(name, knobs, parameter_name):
+    """The decay that a parameter of the toy has to see."""
+    return knobs.get("weight_decay", 0.0) if parameter_name in ("linear.weight", "kernel.weight") else 0.0
+
+
+def plain_torch(name, knobs, model):
+    """torch's own optimizer, one plain Python loop over tensors."""
+    groups = [
+        {"params": [p], "weight_decay": decays(name, knobs, n)} for n, p in model.named_parameters() if p.requires_grad
+    ]
+    plain = {"lr": knobs["lr"], "foreach": False, "fused": False}
+    if name == "sgd":
+        return torch.optim.SGD(groups, **plain, **{k: v for k, v in knobs.items() if k != "lr"})
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    betas = (knobs["beta1"], knobs["beta2"])
+    return kind(groups, **plain, betas=betas, eps=knobs["eps"], amsgrad=knobs["amsgrad"])
+
+
+def set_gradients(model, step):
+    """The gradient of a bowl with a centre that moves, so that steps depend on those before."""
+    torch.manual_seed(100 + step)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = (p.detach() - torch.randn(p.shape, dtype=torch.float64)).to(p.dtype)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_ten_steps_equal_torchs(name, knobs, dtype, tolerance):
+    ours, theirs = make_toy(dtype), make_toy(dtype)
+    optimizer = find("optim", name).load()(param_groups(ours), **knobs)
+    reference = plain_torch(name, knobs, theirs)
+    assert optimizer.defaults["fused"] is True
+    start = {n: p.detach().clone() for n, p in ours.named_parameters()}
+    for step in range(10):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        for each in (optimizer, reference):  # a rate that moves, as under a schedule
+            for group in each.param_groups:
+                group["lr"] = knobs["lr"] * (1 - step / 20)
+        optimizer.step()
+        reference.step()
+        for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=tolerance, rtol=tolerance, msg=f"{n} after step {step}")
+    for n, p in ours.named_parameters():
+        assert torch.equal(p, start[n]) == (n == "frozen"), n
+
+
+def step_by_formula(name, knobs, w, g, memory, step, lr, decay):
+    """One step of one array as the papers write it."""
+    if name == "sgd":
+        mu = knobs["momentum"]
+        memory["v"] = g if step == 0 or not mu else mu * memory["v"] + (1 - knobs["dampening"]) * g
+        return w - lr * (g + mu * memory["v"] if knobs["nesterov"] else memory["v"])
+    b1, b2 = knobs["beta1"], knobs["beta2"]
+    memory["m"] = b1 * memory.get("m", 0.0) + (1 - b1) * g
+    memory["v"] = b2 * memory.get("v", 0.0) + (1 - b2) * g**2
+    memory["max"] = np.maximum(memory.get("max", 0.0), memory["v"])
+    v = memory["max"] if knobs["amsgrad"] else memory["v"]
+    m_hat, v_hat = memory["m"] / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
+    return w * (1 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + knobs["eps"])
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_ten_steps_equal_the_formula(name, knobs):
+    model = make_toy(torch.float64)
+    optimizer = find("optim", name).load()(param_groups(model), **knobs)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p.detach().numpy().copy() for n, p in trained.items()}
+    memory = {n: {} for n in trained}
+    for step in range(10):
+        set_gradients(model, step)
+        lr = knobs["lr"] * (1 - step / 20)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for n, p in trained.items():
+            decay = decays(name, knobs, n)
+            expected[n] = step_by_formula(name, knobs, expected[n], p.grad.numpy(), memory[n], step, lr, decay)
+        optimizer.step()
+        for n, p in trained.items():
+            np.testing.assert_allclose(p.detach().numpy(), expected[n], atol=1e-13, rtol=1e-12, err_msg=n)
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_converges_on_a_convex_problem(name, knobs):
+    """Least squares with a condition number of 10; the rate falls to zero."""
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    matrix = basis @ torch.diag(torch.logspace(-0.5, 0.5, 6, dtype=torch.float64)) @ basis.T
+    solution = torch.randn(6, 1, dtype=torch.float64)
+    linear = nn.Linear(6, 1, bias=False).double()
+    knobs = knobs | {"lr": 0.3 if name == "sgd" else 0.1}
+    if "weight_decay" in knobs:
+        knobs["weight_decay"] = 0.0  # else the minimum is another
+    optimizer = find("optim", name).load()(param_groups(linear), **knobs)
+    steps = 600
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = knobs["lr"] * (1 - step / steps)
+        error = linear.weight.T - solution
+        loss = 0.5 * (error.T @ matrix @ error).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(linear.weight.T.detach(), solution, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(parts("optim")))
+def test_presets_build_and_move_the_weights(name):
+    values = preset_without_interpolation(name)
+    model = make_gpt()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = find("optim", name).load()(param_groups(model), **values)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(torch.all(p < old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def preset_without_interpolation(name):
+    import yaml
+
+    from llmtrain.compose import config_folder
+
+    values = yaml.safe_load((config_folder() / "optim" / f"{name}.yaml").read_text())
+    assert values.pop("name") == name
+    return values | {"lr": 0.01}
+
+
+def test_every_optimizer_is_tested_here():
+    assert set(parts("optim")) == {name for name, _ in CASES}
+
+
+# Groups
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_each_trainable_parameter_is_claimed_once(tied, position):
+    model = make_gpt(tied_embeddings=tied, position=position)
+    model.blocks[0].norm1.weight.requires_grad_(False)
+    groups = param_groups(model)
+    claimed = [id(p) for group in groups for p in group["params"]]
+    trainable = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(claimed) == sorted(trainable) and len(set(claimed)) == len(claimed)
+    by_name = dict(model.named_parameters())
+    for group in groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            assert by_name[name] is p
+            matrix = p.dim() == 2 and not name.startswith(("tokens.", "positions."))
+            assert (group["kind"] == "shrink") == matrix, name
+    assert ("head.weight" in groups[0]["names"]) == (not tied)
+    assert {id(w) for w in weights_of(groups)} == {id(p) for p in groups[0]["params"]}
+    assert [group["kind"] for group in groups] == ["shrink", "keep"]
+
+
+def test_a_kind_without_parameters_makes_no_group():
+    assert [g["kind"] for g in param_groups(nn.LayerNorm(3))] == ["keep"]
+    assert [g["kind"] for g in param_groups(nn.Linear(3, 2, bias=False))] == ["shrink"]
+    assert weights_of(param_groups(nn.LayerNorm(3))) == []
+
+
+def test_kernels_shrink_and_embeddings_of_any_module_keep():
+    groups = {g["kind"]: set(g["names"]) for g in param_groups(Toy())}
+    assert groups["shrink"] == {"linear.weight", "kernel.weight"}
+    assert groups["keep"] == {"table.weight", "linear.bias", "kernel.bias", "norm.weight", "norm.bias"}
+
+
+def test_adamw_decays_the_matrices_alone():
+    model = make_gpt()
+    optimizer = adamw(param_groups(model), **ADAM, weight_decay=0.25)
+    assert {g["kind"]: g["weight_decay"] for g in optimizer.param_groups} == {"shrink": 0.25, "keep": 0.0}
+
+
+def test_fused_where_a_kernel_exists():
+    assert fused(param_groups(make_gpt()))
+    with torch.device("meta"):
+        assert not fused(param_groups(nn.Linear(2, 2)))
+    complex_model = nn.Linear(2, 2, dtype=torch.complex64)
+    assert not fused(param_groups(complex_model))
+
+
+@pytest.mark.parametrize("name", sorted(parts("optim")))
+def test_they_can_be_built_on_the_meta_device(name):
+    """The check of a config asks the parts there, before anything is allocated."""
+    with torch.device("meta"):
+        find("optim", name).load()(param_groups(nn.Linear(2, 2)), **preset_without_interpolation(name))
+
+
+@pytest.mark.parametrize("knobs", [{"momentum": 0.0}, {"dampening": 0.1}])
+def test_nesterov_needs_momentum_without_dampening(knobs):
+    with pytest.raises(ConfigError) as caught:
+        sgd(param_groups(make_gpt()), **SGD | {"nesterov": True} | knobs)
+    assert [misfit.key for misfit in caught.value.misfits] == ["nesterov"]
+
+
+def test_peak_rates_fall_with_the_width():
+    """conf/optim: 0.384 / width."""
+    from llmtrain.compose import compose_jobs, prepare
+
+    prepare(None)
+    rates = {}
+    for model, width in (("gpt_nano", 128), ("gpt_small", 768)):
+        values = compose_jobs("config", [f"model={model}", "optim=adamw"], False)[0].values
+        rates[width] = values["optim"]["lr"]
+    assert rates == {128: pytest.approx(3e-3), 768: pytest.approx(5e-4)}
+    assert math.isclose(rates[128] * 128, rates[768] * 768)

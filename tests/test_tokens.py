@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import llmtrain, make_text, start, tiny
+
+from llmtrain.data import corpus
+from llmtrain.data.corpus import Document, from_file, from_text, split_tails
+from llmtrain.data.tokens import Windows, prepare
+from llmtrain.knobs import UserError
+from llmtrain.tokenizer import Tokenizer, bpe, byte, char
+from llmtrain.types import Data, Setup
+
+
+def setup(cache: Path, **given: Any) -> Setup:
+    plain = {"tokenizer": byte, "read_tokenizer": Tokenizer.read, "tokenizer_key": "byte", "val_fraction": 0.2}
+    return Setup(**(plain | {"cache": cache} | given))
+
+
+def prepared(cache: Path, train: list[Document], val: list[Document], context: int = 4, **given: Any) -> Data:
+    data = prepare(setup(cache, **given), train, val, context, "some text")
+    assert data is not None
+    return data
+
+
+def stream(windows: Any) -> np.ndarray:
+    """The tokens that were cut into windows, from the windows."""
+    inputs, targets, mask = windows.take(range(len(windows)))
+    assert np.array_equal(inputs[mask][1:], targets[mask][:-1])
+    return np.concatenate([inputs[mask][:1], targets[mask]])
+
+
+def entries(cache: Path) -> list[Path]:
+    """All that lies in a cache, hidden or not."""
+    return sorted((cache / "tokens").iterdir()) if (cache / "tokens").exists() else []
+
+
+# -- windows --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 300), st.integers(1, 40))
+def test_every_token_is_a_target_once(tokens: int, context: int) -> None:
+    windows = Windows(np.arange(1, tokens + 1, dtype=np.uint16), context)
+    inputs, targets, mask = windows.take(range(len(windows)))
+    assert inputs.shape == targets.shape == mask.shape == (len(windows), context)
+    assert inputs.dtype == targets.dtype == np.int64
+    assert targets[mask].tolist() == list(range(2, tokens + 1))
+    assert inputs[mask].tolist() == list(range(1, tokens))
+    assert mask.any(axis=1).all()  # no window of padding alone
+    assert not targets[~mask].any()
+
+
+def test_windows_come_in_any_order_and_number() -> None:
+    windows = Windows(np.arange(100), 8)
+    all_of_them = windows.take(range(len(windows)))
+    for got, want in zip(windows.take([3, 12, 3]), all_of_them, strict=True):
+        assert np.array_equal(got, want[[3, 12, 3]])
+
+
+# -- tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_documents_end_with_a_token_and_facts_are_counted(tmp_path: Path) -> None:
+    train = [from_text("a", "héllo\r\n"), from_text("b", "wörld")]
+    val = [from_text("c", "hello!")]
+    data = prepared(tmp_path, train, val)
+    end = 256
+    tokenizer = data.tokenizer
+    assert [tokenizer.end, data.spec.vocab, data.spec.context] == [end, 257, 4]
+    assert tokenizer.decode(stream(data.train)) == "héllo\n<|endoftext|>wörld<|endoftext|>"
+    assert tokenizer.decode(stream(data.val)) == "hello!<|endoftext|>"
+    facts = data.facts
+    assert [facts["bytes"], facts["train_tokens"], facts["val_tokens"]] == [8 + 6 + 6, 8 + 7, 7]
+    assert facts["bytes_per_token"] == 20 / 22
+    assert facts["about"] == "some text"
+    assert facts["sha256"] == corpus.content_hash([*train, *val])
+
+
+def test_the_baseline_is_the_unigram_model_with_one_added(tmp_path: Path) -> None:
+    train, val = [from_text("a", make_text(3000))], [from_text("b", make_text(500, seed=7) + "Zürich")]
+    data = prepared(tmp_path, train, val)
+    seen, judged = Counter(stream(data.train).tolist()), stream(data.val).tolist()
+    total = sum(seen.values()) + 257
+    nats = -math.fsum(math.log((seen[t] + 1) / total) for t in judged)
+    name, loss = data.baseline
+    assert name == "unigram"
+    assert loss == pytest.approx(nats / len(judged), rel=1e-12)
+    text_bytes = len((make_text(500, seed=7) + "Zürich").encode())
+    assert data.facts["baseline_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_the_highest_id_fits_into_the_file(tmp_path: Path, vocab: int, dtype: type) -> None:
+    class Large:
+        end = vocab - 1
+
+        def __init__(self) -> None:
+            self.vocab = vocab
+
+        def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+            return [np.arange(vocab - 10, vocab) for _ in texts]
+
+        def bytes_per_token(self) -> np.ndarray:
+            return np.ones(vocab, dtype=np.int64)
+
+        def save(self, path: Path) -> None:
+            path.write_text("")
+
+    given = {"tokenizer": lambda texts: Large(), "read_tokenizer": lambda path: Large()}
+    data = prepared(tmp_path, [from_text("a", "x")], [from_text("b", "y")], **given)
+    assert isinstance(data.train, Windows)
+    assert data.train.tokens.dtype == dtype
+    assert stream(data.train).tolist() == [*range(vocab - 10, vocab), vocab - 1]
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [byte, char, lambda texts: bpe(texts, vocab_size=300, min_frequency=2, train_bytes=9999)]
+)
+def test_line_ends_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 256)
+    text = make_text(2000).replace("the", "\n\n   thé").replace("with ", "\n") + "漢字" * 400
+    streams = []
+    for name, newline in (("lf", "\n"), ("crlf", "\r\n")):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "text.txt"
+        path.write_bytes(text.replace("\n", newline).encode())
+        train, val = split_tails([from_file(path, "text.txt")], 0.2)
+        data = prepared(tmp_path / "cache", train, val, tokenizer=tokenizer)
+        streams.append((stream(data.train), stream(data.val)))
+        assert data.tokenizer.decode(np.concatenate(streams[-1])).replace("<|endoftext|>", "") == text
+    assert np.array_equal(streams[0][0], streams[1][0])
+    assert np.array_equal(streams[0][1], streams[1][1])
+    assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_progress_is_told_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 64)
+    monkeypatch.setattr("llmtrain.data.tokens.PIECE", 64)
+    told: list[tuple[str, int, int]] = []
+    texts = [from_text("a", make_text(3000)), from_text("b", make_text(300))]
+    prepared(tmp_path, texts[:1], texts[1:], progress=lambda *args: told.append(args))
+    for what in ("reading", "tokenizing"):
+        done = [n for name, n, _ in told if name == what]
+        assert len(done) > 3
+        assert done == sorted(done)
+        assert {total for name, _, total in told if name == what} == {done[-1]}
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "side"), [("abc", "abcdefgh", "train"), ("abcdefgh", "", "val"), ("", "abcdefgh", "train")]
+)
+def test_too_few_tokens(tmp_path: Path, train: str, val: str, side: str) -> None:
+    given = [from_text("a", train)], [from_text("b", val)]
+    with pytest.raises(UserError, match=rf"some text: \d {side} tokens are fewer than one sample takes \(6\)"):
+        prepared(tmp_path, *given, context=5)
+
+
+def test_few_held_out_tokens_do(tmp_path: Path) -> None:
+    data = prepared(tmp_path, [from_text("a", "abcdefgh")], [from_text("b", "x")], context=5)
+    assert stream(data.val).tolist() == [data.tokenizer.encode("x")[0], 256]
+
+
+# -- the cache ------------------------------------------------------------------------------------------------
+
+
+def refuse(*args: Any) -> Any:
+    raise AssertionError("was called")
+
+
+def test_the_second_time_nothing_is_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [from_text("a", "some words")], [from_text("b", "and others")]
+    first = prepared(tmp_path, *texts)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    monkeypatch.setattr(Document, "pieces", refuse)
+    second = prepared(tmp_path, *texts, context=3, tokenizer=refuse)
+    assert np.array_equal(stream(first.train), stream(second.train))
+    assert first.fingerprint == second.fingerprint
+    assert (first.facts, first.baseline) == (second.facts, second.baseline)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path) -> None:
+    a, b, c = (from_text(name, f"text of {name}") for name in "abc")
+    different = [
+        prepared(tmp_path, [a], [b]),
+        prepared(tmp_path, [a], [c]),
+        prepared(tmp_path, [b], [a]),
+        prepared(tmp_path, [a, b], [c]),
+        prepared(tmp_path, [a], [b, c]),
+        prepared(tmp_path, [from_text("a", "text of A")], [b]),
+        prepared(tmp_path, [a], [b], tokenizer_key="byte with another knob"),
+    ]
+    assert len({data.fingerprint for data in different}) == len(different) == len(entries(tmp_path))
+    assert prepared(tmp_path, [a], [b]).fingerprint == different[0].fingerprint
+
+
+def test_a_dry_setup_reads_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unread = Document("x", "x", refuse, 0, 10)
+    assert prepare(setup(tmp_path / "cache", dry=True, tokenizer=refuse), [unread], [unread], 4, "x") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    good = from_text("good", "some words")
+    bad = Document("bad.txt", "bad.txt", lambda: (tmp_path / "nowhere").open("rb"), 0, 10)
+    zero = from_text("zero.txt", "a\0b")
+    for train, val in (([good, zero], [good]), ([good], [good, zero])):
+        with pytest.raises(UserError, match="zero byte at offset 1"):
+            prepared(tmp_path, train, val)
+    with pytest.raises(UserError, match=r"bad\.txt: cannot be read"):
+        prepared(tmp_path, [good], [bad])
+    for failure in (RuntimeError, KeyboardInterrupt):
+
+        def tokenizer(texts: Iterable[str], failure: type[BaseException] = failure) -> Any:
+            next(iter(texts))
+            raise failure
+
+        with pytest.raises(failure):
+            prepared(tmp_path, [good], [good], tokenizer=tokenizer)
+    assert entries(tmp_path) == []
+
+
+def test_data_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some words")
+
+    def tokenizer(texts: Iterable[str]) -> Tokenizer:
+        made = byte(texts)
+        path.write_text("other text")  # of the same length
+        return made
+
+    with pytest.raises(UserError, match="was changed while it was being read"):
+        prepared(tmp_path / "cache", [from_file(path, "text.txt")], [from_text("b", "words")], tokenizer=tokenizer)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [from_text("a", "some words")], [from_text("b", "and others")]
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none/here")):
+        with pytest.raises(UserError, match=r"tokens: cannot be written: (Not a directory|File exists|No such file)"):
+            prepared(cache, *texts)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        prepared(tmp_path / "cache", *texts)
+    assert entries(tmp_path / "cache") == []
+
+
+_STOP_AT = """
+import os
+from pathlib import Path
+import llmtrain.data.tokens as tokens
+made, renamed = tokens._write, Path.rename
+calls = []
+def write(path, *args):
+    counts = made(path, *args)
+    if path.name == {file!r}:
+        os._exit(9)
+    return counts
+def rename(self, target):
+    if "rename" == {file!r} and self.parent.name == "tokens":
+        os._exit(9)
+    return renamed(self, target)
+tokens._write, Path.rename = write, rename
+"""
+
+
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "rename"])
+def test_a_process_that_dies_while_tokenizing_leaves_nothing_usable(tmp_path: Path, file: str) -> None:
+    argv = tiny(tmp_path, "run.name=first")
+    assert llmtrain(argv, tmp_path, before=_STOP_AT.format(file=file))[0] == 9
+    (left,) = entries(tmp_path / "cache")
+    assert left.name.startswith(".")  # half of it, under a name that nobody looks for
+    assert not (tmp_path / "runs").exists()
+    code, text = llmtrain(argv, tmp_path)
+    assert code == 0, text
+    whole = [path for path in entries(tmp_path / "cache") if not path.name.startswith(".")]
+    assert [path.name for path in whole] == [left.name[1:65]]
+    meta = json.loads((whole[0] / "meta.json").read_text())
+    assert (whole[0] / "train.bin").stat().st_size == 2 * meta["train_tokens"]
+    assert (whole[0] / "val.bin").stat().st_size == 2 * meta["val_tokens"]
+
+
+_MEET = """
+import os, time
+from pathlib import Path
+import llmtrain.data.tokens as tokens
+write = tokens._write
+def meet(path, *args):
+    place = Path({folder!r})
+    (place / f"{{path.name}}-{{os.getpid()}}").touch()
+    end = time.monotonic() + 60
+    while len(list(place.glob(path.name + "-*"))) < 2:
+        assert time.monotonic() < end, "the other one never came"
+        time.sleep(0.01)
+    return write(path, *args)
+tokens._write = meet
+"""
+
+
+def test_two_processes_prepare_the_same_data_at_once(tmp_path: Path) -> None:
+    (tmp_path / "meet").mkdir()
+    before = _MEET.format(folder=str(tmp_path / "meet"))
+    both = [start(tiny(tmp_path, f"run.name={name}"), tmp_path, before=before) for name in ("a", "b")]
+    assert [process.wait() for process in both] == [0, 0], [process.text() for process in both]
+    assert len(list((tmp_path / "meet").iterdir())) == 4  # both were tokenizing, all the way
+    (folder,) = entries(tmp_path / "cache")
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]

@@ -1,0 +1,164 @@
+"""What several tests need: a small model, small data, and a job put together by hand as `run` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from llmtrain.build import choose
+from llmtrain.checkpoint import TrainState
+from llmtrain.compose import config_folder
+from llmtrain.config import Train
+from llmtrain.data.loader import Loader
+from llmtrain.data.tokens import Windows
+from llmtrain.init import gpt2
+from llmtrain.loop import Job, Length
+from llmtrain.losses import cross_entropy
+from llmtrain.models.decoder import GPT, gpt
+from llmtrain.optim.groups import param_groups, weights_of
+from llmtrain.precision import fp32
+from llmtrain.regularization import shrinkage
+from llmtrain.run import summed
+from llmtrain.schedules import constant
+from llmtrain.types import DataSpec
+
+torch.set_num_threads(1)  # tensors are so small that a second thread only costs
+
+CPU = torch.device("cpu")
+KNOBS: dict[str, Any] = {
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "head_dim": None,
+    "ffn_width": None,
+    "context": 8,
+    "activation": "gelu_tanh",
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "position": "learned",
+    "rope_base": 10000.0,
+    "dropout": 0.0,
+    "bias": True,
+    "tied_embeddings": True,
+    "vocab_multiple": 1,
+}
+
+
+def make_gpt(vocab: int = 11, seed: int = 0, std: float = 0.02, **knobs: Any) -> GPT:
+    """A small GPT with GPT-2's initialization."""
+    knobs = KNOBS | knobs
+    torch.manual_seed(seed)
+    model = gpt(DataSpec(vocab=vocab, context=knobs["context"]), **knobs)
+    gpt2(model, std=std)
+    return model
+
+
+def preset(name: str, group: str = "model") -> dict[str, Any]:
+    """The knobs of a preset, read from its YAML file and checked against the part's signature."""
+    values = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
+    choice, misfits = choose(group, values)
+    assert choice is not None and not misfits, misfits
+    return dict(choice.values)
+
+
+def make_windows(tokens: int = 201, context: int = 8, vocab: int = 11, seed: int = 0) -> Windows:
+    """A stream of tokens with something to learn: each follows from the one before, with noise."""
+    draw = np.random.default_rng(seed)
+    stream = np.zeros(tokens, dtype=np.int64)
+    for i in range(1, tokens):
+        stream[i] = (3 * stream[i - 1] + 1 + (draw.random() < 0.2)) % vocab
+    return Windows(stream, context)
+
+
+def make_train(**given: Any) -> Train:
+    """The section `train`, everything off or null that is not given."""
+    plain: dict[str, Any] = {
+        "steps": None,
+        "epochs": None,
+        "tokens": None,
+        "minutes": None,
+        "batch_size": 4,
+        "accumulate": 1,
+        "grad_clip": None,
+        "compile": "off",
+        "seed": 5,
+        "device": "cpu",
+        "threads": None,
+    }
+    return Train(**(plain | given))
+
+
+class Recorder:
+    """A watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
+        self.lines.append((step, metrics))
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        self.evaluations.append((step, metrics))
+
+    def losses(self) -> list[float]:
+        return [metrics["loss"] for _, metrics in self.lines]
+
+
+def make_state(
+    model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer] | None = None, precision: Any = None
+) -> TrainState:
+    """Model and optimizer (plain gradient descent unless another is given) as `run` makes them."""
+    groups = param_groups(model)
+    made = optimizer(groups) if optimizer is not None else torch.optim.SGD(groups, lr=0.1)
+    for group in made.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    device = next(model.parameters()).device
+    return TrainState(model, made, (precision or fp32(device)).scaler)
+
+
+def make_job(
+    state: TrainState,
+    windows: Windows,
+    train: Train,
+    *,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    precision: Any = None,
+    regularization: dict[str, Any] | None = None,
+    **given: Any,
+) -> Job:
+    """A job over the windows; anything in it can be given instead."""
+    device = next(state.model.parameters()).device
+    length = Length(train, len(windows), windows.context)
+    shrink = {"l1": 0.0, "l1_step": "subgradient", "l2": 0.0, "weight_decay": 0.0} | (regularization or {})
+    plain: dict[str, Any] = {
+        "loader": Loader(
+            windows,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            seed=train.seed,
+            device=device,
+            limit=length.samples,
+        ),
+        "loss": loss or summed(state.model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0)),
+        "evaluate": lambda: {"val_loss": 1.0},
+        "save": lambda state: None,
+        "watcher": Recorder(),
+        "regularizer": shrinkage(weights_of(param_groups(state.model)), **shrink),
+        "schedule": partial(constant, warmup=0.0),
+        "precision": precision or fp32(device),
+        "length": length,
+        "grad_clip": train.grad_clip,
+        "log_every": 1,
+        "eval_every": 10**9,
+        "save_every": None,
+        "save_best": False,
+        "tokens_per_step": train.batch_size * windows.context,
+    }
+    return Job(**(plain | given))
