@@ -183,7 +183,7 @@ def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Mi
 
 
 def _odd_bool(value: Any, annotation: Any) -> bool:
-    """true where a number is wanted, which pydantic would take for 1."""
+    """True where a number is wanted, which pydantic would take for 1."""
     return isinstance(value, bool) and not _takes(bool, annotation)
 
 

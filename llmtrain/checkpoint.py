@@ -35,6 +35,7 @@ class TrainState:
         scaler: The scale of the loss in float16.
         step: Optimizer steps taken: the schedule's clock.
         batches: Batches consumed: the data's clock. Ahead of `step` by the skipped steps.
+        skipped: Steps that float16 skipped because a gradient overflowed.
         seconds: Time trained so far.
         best: Step and metrics of the best evaluation; empty before the first.
         last: The metrics of the newest evaluation.
@@ -46,13 +47,14 @@ class TrainState:
     scaler: torch.amp.GradScaler
     step: int = 0
     batches: int = 0
+    skipped: int = 0
     seconds: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     pending: list[Tensor] = field(default_factory=list)
 
 
-_COUNTERS = ("step", "batches", "seconds", "best", "last")
+_COUNTERS = ("step", "batches", "skipped", "seconds", "best", "last")
 _FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 _FORMAT = 1
 

@@ -6,6 +6,7 @@ plain lines. Both also go to the run's log.txt, as plain lines.
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
@@ -42,8 +43,8 @@ def short(number: float) -> str:
     if number == 0 or not math.isfinite(number):
         return str(number)
     for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{unit}"
+        if abs(float(f"{number:.3g}")) >= limit:
+            return f"{float(f'{number:.3g}') / limit:.3g}{unit}"
     return f"{number:.4g}"
 
 
@@ -66,13 +67,8 @@ class Screen:
 
     def __init__(self, picture: str | None = None):
         terminal = sys.stdout.isatty()
-        self.console = Console(
-            record=picture is not None,
-            width=100 if picture or not terminal else None,
-            force_terminal=True if picture else None,
-            highlight=False,
-            soft_wrap=not terminal,
-        )
+        self.console = Console(width=None if terminal else 100, highlight=False, soft_wrap=not terminal)
+        self._recorder = Console(record=True, width=100, force_terminal=True, highlight=False, file=io.StringIO())
         self.live_wanted = terminal
         self._picture = picture
         self._log: IO[str] | None = None
@@ -94,8 +90,8 @@ class Screen:
 
     def say(self, text: str, style: str = "") -> None:
         """One line, to the screen and the log."""
-        self.console.print(Text(text, style=style))
-        self._note(text)
+        self._show(Text(text, style=style))
+        self._plain(text)
 
     def _note(self, text: str) -> None:
         if self._log is not None:
@@ -132,21 +128,25 @@ class Screen:
         grid.add_column()
         for name, value in rows:
             grid.add_row(name, Text(value))
-        if self.live_wanted or self._picture:
-            self.console.print(Panel(grid, title=title, title_align="left", border_style="dim"))
-        else:
-            self.console.print(title)
-            for name, value in rows:
-                self.console.print(Text(f"  {name:<14} {value}"))
-        self._note("\n".join([title, *(f"  {name:<14} {value}" for name, value in rows)]))
+        self._show(Panel(grid, title=title, title_align="left", border_style="dim"))
+        lines = "\n".join([title, *(f"  {name:<14} {value}" for name, value in rows)])
+        self._plain(lines)
 
     def text(self, title: str, text: str) -> None:
         """A longer text under a title, as it is."""
-        if self.live_wanted or self._picture:
-            self.console.print(Panel(Text(text), title=title, title_align="left", border_style="dim"))
-        else:
-            self.console.print(Text(f"{title}\n{text}"), soft_wrap=True)
-        self._note(f"{title}\n{text}")
+        self._show(Panel(Text(text), title=title, title_align="left", border_style="dim"))
+        self._plain(f"{title}\n{text}")
+
+    def _show(self, picture: RenderableType) -> None:
+        """Something drawn: to a terminal, and into the picture of the screen."""
+        for console in [self.console] * self.live_wanted + [self._recorder] * (self._picture is not None):
+            console.print(picture)
+
+    def _plain(self, text: str) -> None:
+        """The same in plain text: to the log, and to where there is no terminal."""
+        if not self.live_wanted:
+            self.console.print(Text(text))
+        self._note(text)
 
     def begin(self, steps: int, step: int) -> None:
         """Training starts."""
@@ -214,8 +214,7 @@ class Screen:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self.live_wanted or self._picture:
-            self.console.print(self._view())
+        self._show(self._view())
 
     def close(self) -> None:
         """Closes the log and writes the picture."""
@@ -224,7 +223,7 @@ class Screen:
         self.prepared()
         if self._picture is not None:
             Path(self._picture).parent.mkdir(parents=True, exist_ok=True)
-            self.console.save_svg(self._picture, title="llmtrain")
+            self._recorder.save_svg(self._picture, title="llmtrain")
         if self._log is not None:
             self._log.close()
             self._log = None

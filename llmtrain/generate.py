@@ -14,15 +14,17 @@ from llmtrain.hardware import eagerly
 from llmtrain.knobs import UserError
 
 
-def generate(model: nn.Module, tokenizer: Any, settings: Sample) -> Iterator[str]:
+def generate(model: nn.Module, tokenizer: Any, settings: Sample, context: int | None = None) -> Iterator[str]:
     """Goes on from a prompt, piece by piece as soon as each is whole characters.
 
-    Stops at the end of a text. When the model's context is full, its newer half is kept and goes on.
+    Stops at the end of a text. When the context is full, its newer half is kept and goes on.
 
     Args:
         model: A model with `context` and `make_caches`, in evaluation mode.
         tokenizer: Turns the prompt into tokens and tokens into text.
         settings: Prompt, length and how to draw.
+        context: Most tokens at once: those of a training sample, for the model has learned no later position.
+            None takes all that the model has.
 
     Raises:
         UserError: If the prompt is empty to the tokenizer and it has no end-of-text token to begin with.
@@ -33,7 +35,7 @@ def generate(model: nn.Module, tokenizer: Any, settings: Sample) -> Iterator[str
             raise UserError("the prompt is empty, and this tokenizer has no token to begin a text with")
         prompt = [tokenizer.end]
     stream = DecodeStream(skip_special_tokens=True)
-    for token in tokens(model, prompt, settings):
+    for token in tokens(model, prompt, settings, context):
         if token == tokenizer.end:
             return
         piece = stream.step(tokenizer.library, token)
@@ -42,15 +44,16 @@ def generate(model: nn.Module, tokenizer: Any, settings: Sample) -> Iterator[str
 
 
 @torch.no_grad()
-def tokens(model: Any, prompt: list[int], settings: Sample) -> Iterator[int]:
+def tokens(model: Any, prompt: list[int], settings: Sample, context: int | None = None) -> Iterator[int]:
     """Token ids that follow a prompt of token ids."""
     device = next(model.parameters()).device
     draw = torch.Generator(device).manual_seed(settings.seed)
+    context = context or model.context
     seen = list(prompt)
-    new, caches = seen[-model.context :], model.make_caches(batch=1)
+    new, caches = seen[-context:], model.make_caches(batch=1)
     for _ in range(settings.tokens):
-        if caches[0].length + len(new) > model.context:
-            new, caches = seen[-max(model.context // 2, 1) :], model.make_caches(batch=1)
+        if caches[0].length + len(new) > context:
+            new, caches = seen[-max(context // 2, 1) :], model.make_caches(batch=1)
         with eagerly():  # the caches grow with each token
             logits = model(torch.tensor([new], device=device), caches)[0, -1]
         token = pick(logits.float(), settings, draw)

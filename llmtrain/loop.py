@@ -87,32 +87,39 @@ def fit(state: TrainState, job: Job) -> str:
     state.model.train()
     clock = _Clock(state)
     batch = job.loader.step(state.batches)
+    last = state.step >= job.length.steps(state.step, clock.seconds())
     with _collector_held():
-        while state.step < (steps := job.length.steps(state.step, clock.seconds())):
+        while not last:
+            steps = max(job.length.steps(state.step, clock.seconds()), state.step + 1)
             lr = _set_rate(state.optimizer, job.schedule(state.step, steps))
             loss = _backward(state, job, batch)
             state.batches += 1
             batch = job.loader.step(state.batches)  # read and copied while the device computes
-            if not _update(state, job, lr, loss):
-                continue  # float16 overflowed: neither the weights nor the schedule move
-            state.step += 1
+            if _update(state, job, lr, loss):
+                state.step += 1
+            elif hopeless(loss, state.scaler):
+                return "diverged"
+            else:  # float16 overflowed: neither the weights nor the schedule move
+                state.skipped += 1
+                if not job.stop():
+                    continue
             last = state.step >= job.length.steps(state.step, clock.seconds())
+            stop = job.stop() and not last
 
-            if due(state.step, job.log_every) or last:
-                metrics = _measure(state, job, lr, clock)
-                job.watcher.measured(state.step, metrics)
-                if not math.isfinite(metrics["loss"]):
-                    return "diverged"
+            log, judge, keep = (due(state.step, e) or last for e in (job.log_every, job.eval_every, job.save_every))
+            healthy = not (log or judge or keep or stop) or _finite(state.pending)
+            if (log or not healthy) and state.pending:
+                job.watcher.measured(state.step, _measure(state, job, lr, clock))
+            if not healthy:
+                return "diverged"  # before anything is saved
             with clock.paused():
-                improved = False
-                if due(state.step, job.eval_every) or last:
+                if judge:
                     state.last = job.evaluate()
-                    improved = state.last["val_loss"] < state.best.get("val_loss", math.inf)
-                    if improved:
+                    if state.last["val_loss"] < state.best.get("val_loss", math.inf):
                         state.best = {"step": state.step, **state.last}
+                        keep = keep or job.save_best
                     job.watcher.evaluated(state.step, state.last)
-                stop = job.stop() and not last
-                if due(state.step, job.save_every) or (improved and job.save_best) or last or stop:
+                if keep or stop:
                     state.seconds = clock.seconds()
                     job.save(state)
             if stop:
@@ -125,6 +132,16 @@ def fit(state: TrainState, job: Job) -> str:
 def due(step: int, every: int | None) -> bool:
     """Whether something that is done every so many steps is to be done after this one."""
     return every is not None and step % every == 0
+
+
+def hopeless(loss: Tensor, scaler: torch.amp.GradScaler) -> bool:
+    """Whether a step that float16 skipped shows that no later one can succeed."""
+    return not math.isfinite(loss) or scaler.get_scale() < 2**-24
+
+
+def _finite(pending: list[Tensor]) -> bool:
+    """Whether every loss and gradient norm since the last line of the log is a number. Waits for the device."""
+    return not pending or bool(torch.stack(pending).isfinite().all())
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
@@ -176,7 +193,7 @@ def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str,
     if penalty:
         metrics["penalty"] = penalty
     if state.scaler.is_enabled():
-        metrics |= {"loss_scale": state.scaler.get_scale(), "skipped": float(state.batches - state.step)}
+        metrics |= {"loss_scale": state.scaler.get_scale(), "skipped": float(state.skipped)}
     if job.loader.device.type == "cuda":
         metrics["memory_bytes"] = float(torch.cuda.max_memory_allocated(job.loader.device))
     seconds, steps = clock.lap(state.step)
@@ -189,7 +206,7 @@ class Length:
 
     def __init__(self, train: Train, samples: int, context: int):
         self.seconds = train.minutes * 60 if train.minutes is not None else None
-        self.samples = math.ceil(train.epochs * samples) if train.epochs is not None else None
+        self.samples = math.ceil(round(train.epochs * samples, 6)) if train.epochs is not None else None
         self._steps = train.steps
         if self.samples is not None:
             self._steps = math.ceil(self.samples / train.batch_size)

@@ -325,6 +325,6 @@ def _sample(model: nn.Module, data: Data, config: RunConfig) -> str:
     if not hasattr(model, "make_caches") or not config.sample.tokens:
         return ""
     model.eval()
-    text = "".join(generate(model, data.tokenizer, config.sample))
+    text = "".join(generate(model, data.tokenizer, config.sample, data.spec.context))
     model.train()
     return text

@@ -65,7 +65,7 @@ def generate_from(settings: Generation, trust: Sequence[str]) -> int:
     spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"])
     model = _model(config, spec, path, device)[0].eval()
     sample = Sample(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Sample)})
-    pieces = generate(model, tokenizer, sample)
+    pieces = generate(model, tokenizer, sample, spec.context)
     if settings.stream:
         sys.stdout.write(sample.prompt)
         for piece in pieces:

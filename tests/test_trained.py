@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import llmtrain, steps, train
+
+SETTINGS = ["train.steps=12", "checkpoint.every=4", "checkpoint.keep=9", "eval.every=4", "eval.batches=null"]
+PROMPT = ["sample.prompt='the '", "sample.tokens=40", "sample.seed=3", "sample.temperature=1.3"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    return train(place, *SETTINGS, *PROMPT, "model.dropout=0.1", "run.name=run")
+
+
+def evaluated(run: Path, place: Path, *more: str) -> dict[str, Any]:
+    code, text = llmtrain(["eval", f"run={run}", "device=cpu", *more], place)
+    assert code == 0, text
+    folder = run if (run / "config.yaml").exists() else run.parent.parent
+    record = json.loads((folder / "eval.json").read_text())
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert f"{record[f'val_{name}']:.6g}" in text
+    return record
+
+
+def generated(run: Path, place: Path, *more: str) -> str:
+    words = [word.removeprefix("sample.") for word in PROMPT]
+    given = {word.split("=")[0] for word in more}
+    words = [word for word in words if word.split("=")[0] not in given]
+    code, text = llmtrain(["generate", f"run={run}", "device=cpu", *words, *more], place)
+    assert code == 0, text
+    return text
+
+
+def validation(run: Path) -> dict[int, dict[str, float]]:
+    """The metrics of each evaluation, by step."""
+    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line.pop("step"): line for line in told if "val_loss" in line}
+
+
+# -- eval -----------------------------------------------------------------------------------------------------
+
+
+def test_eval_gives_the_metrics_of_training(run: Path, place: Path) -> None:
+    told = validation(run)
+    best = min(told, key=lambda step: told[step]["val_loss"])
+    for which, step in (("last", 12), ("best", best), ("4", 4), ("8", 8)):
+        record = evaluated(run, place, f"checkpoint={which}")
+        assert record.pop("checkpoint") == f"step-{step:08d}"
+        assert record.pop("batches") is None
+        assert record == pytest.approx(told[step], rel=1e-6)
+    assert evaluated(run, place)["checkpoint"] == f"step-{best:08d}"
+    assert evaluated(run / "checkpoints/step-00000008", place)["checkpoint"] == "step-00000008"
+
+
+def test_eval_of_any_architecture_and_tokenizer(place: Path) -> None:
+    """What no checkpoint holds, such as the angles of rope, must be made anew."""
+    for number, words in enumerate(
+        [
+            ["model.position=rope", "tokenizer=char"],
+            ["model.tied_embeddings=false", "model.norm=rmsnorm", "tokenizer=bpe", "tokenizer.vocab_size=300"],
+            ["precision=bf16", "model.vocab_multiple=64"],
+        ]
+    ):
+        run = train(place, *SETTINGS, *PROMPT, *words, f"run.name=kind{number}")
+        record = evaluated(run, place, "checkpoint=last")
+        for name, value in validation(run)[12].items():
+            assert record[name] == pytest.approx(value, rel=1e-6)
+        sample = json.loads((run / "result.json").read_text())["sample"]
+        assert len(sample) > 10
+        assert generated(run, place, "checkpoint=last") == f"the {sample}\n"
+
+
+def test_eval_by_fewer_batches_and_of_another_size(run: Path, place: Path) -> None:
+    everything = validation(run)[12]
+    assert evaluated(run, place, "checkpoint=last", "batch_size=3")["val_loss"] == pytest.approx(
+        everything["val_loss"], rel=1e-6
+    )
+    few = evaluated(run, place, "checkpoint=last", "batches=2")
+    assert few["batches"] == 2
+    assert few["val_loss"] != pytest.approx(everything["val_loss"], rel=1e-6)
+    assert few == evaluated(run, place, "checkpoint=last", "batches=2")
+
+
+def test_eval_of_changed_data_is_refused(tmp_path: Path) -> None:
+    run = train(tmp_path, "run.name=run")
+    text = (tmp_path / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text.replace("the", "thy"))
+    code, told = llmtrain(["eval", f"run={run}"], tmp_path)
+    assert code == 2
+    assert f"{run}: the data or the tokenizer has changed since this run" in told
+    (tmp_path / "text.txt").unlink()
+    code, told = llmtrain(["eval", f"run={run}"], tmp_path)
+    assert code == 2
+    assert "Traceback" not in told
+    assert str(tmp_path / "text.txt") in told
+    assert not (run / "eval.json").exists()
+    generated(run, tmp_path)  # needs no data
+
+
+# -- generate -------------------------------------------------------------------------------------------------
+
+
+def test_generate_gives_the_sample_of_training_and_nothing_else(run: Path, place: Path) -> None:
+    sample = json.loads((run / "result.json").read_text())["sample"]
+    for stream in ("true", "false"):
+        assert generated(run, place, "checkpoint=last", f"stream={stream}") == f"the {sample}\n"
+    assert generated(run / "checkpoints/step-00000012", place) == f"the {sample}\n"
+    assert generated(run, place, "checkpoint=4") != f"the {sample}\n"
+
+
+def test_generate_takes_the_knobs_of_sample(run: Path, place: Path) -> None:
+    assert generated(run, place, "tokens=0") == "the \n"
+    assert len(generated(run, place, "tokens=5", "prompt=a b").encode()) >= len("a b\n")
+    greedy = [generated(run, place, "temperature=0", f"seed={seed}") for seed in (1, 2)]
+    assert greedy[0] == greedy[1] == generated(run, place, "top_k=1", "seed=5")
+    assert len({generated(run, place, f"seed={seed}") for seed in (1, 2, 3)}) == 3
+    assert generated(run, place, "prompt=''", "tokens=3").endswith("\n")
+
+
+# -- which run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_what_is_no_run_is_told(command: str, run: Path, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "checkpoints/step-00000012/model.safetensors").write_bytes(b"short")
+    bare = shutil.copytree(run, tmp_path / "bare")
+    (bare / "config.yaml").unlink()
+    odd = shutil.copytree(run, tmp_path / "odd")
+    (odd / "config.yaml").write_text((odd / "config.yaml").read_text().replace("layers: 1", "layers: none"))
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("layers: 1", "layers: 2"))
+    for words, told in (
+        ([f"run={tmp_path / 'none'}"], "no such folder"),
+        ([f"run={tmp_path / 'empty'}"], "holds no checkpoint"),
+        ([f"run={run}", "checkpoint=5"], "has no checkpoint 5; there are best, last, 4, 8, 12"),
+        ([f"run={copy}", "checkpoint=last"], "model.safetensors is not what was written"),
+        ([f"run={bare}"], "is not the folder of a run"),
+        ([f"run={odd}"], "model.layers = none: must be integer >= 1"),
+        ([f"run={other}"], "holds another model: blocks.1.norm1.weight is missing"),
+    ):
+        code, text = llmtrain([command, *words], place)
+        assert code == 2, text
+        assert told in text
+        assert len(text.splitlines()) == 1, text
+    assert evaluated(copy, place, "checkpoint=8")["checkpoint"] == "step-00000008"
+
+
+def test_a_run_is_named_from_any_folder(run: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = json.loads((run / "result.json").read_text())["sample"]
+    words = [word.removeprefix("sample.") for word in PROMPT]
+    for cwd, name in ((place, "runs/run"), (run, "."), (run / "checkpoints", "step-00000012")):
+        code, text = llmtrain(["generate", f"run={name}", "checkpoint=last", *words], place, cwd=cwd)
+        assert (code, text) == (0, f"the {sample}\n")
+        code, text = llmtrain(["eval", f"run={name}", "checkpoint=last"], place, cwd=cwd)
+        assert code == 0, text
+    assert steps(run) == [4, 8, 12]
+
+
+def test_own_parts_need_trust_here_too(place: Path) -> None:
+    """A stranger's run names code; it does not run by being looked at."""
+    run = shutil.copytree(train(place, "run.name=plain"), place / "runs/own")
+    config = (run / "config.yaml").read_text()
+    assert "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n" in config
+    own = config.replace(
+        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n", "name: noisy_parts:noisy\n  scale: 1.0\n"
+    )
+    (run / "config.yaml").write_text(own)
+    for command in ("eval", "generate"):
+        code, text = llmtrain([command, f"run={run}"], place)
+        assert code == 2
+        assert "is code from outside; it runs only with --trust noisy_parts" in text
+        assert llmtrain([command, f"run={run}", "--trust", "noisy_parts"], place)[0] == 0
