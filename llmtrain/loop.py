@@ -107,11 +107,11 @@ def fit(state: TrainState, job: Job) -> str:
             stop = job.stop() and not last
 
             log, judge, keep = (due(state.step, e) or last for e in (job.log_every, job.eval_every, job.save_every))
-            healthy = not (log or judge or keep or stop) or _finite(state.pending)
-            if (log or not healthy) and state.pending:
-                job.watcher.measured(state.step, _measure(state, job, lr, clock))
-            if not healthy:
-                return "diverged"  # before anything is saved
+            if (log or ((judge or keep or stop) and not _finite(state.pending))) and state.pending:
+                metrics = _measure(state, job, lr, clock)
+                job.watcher.measured(state.step, metrics)
+                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                    return "diverged"  # before anything is judged or saved
             with clock.paused():
                 if judge:
                     state.last = job.evaluate()
