@@ -164,6 +164,10 @@ def newest_good(folder: Path, tell: Any) -> Path | None:
     Raises:
         UserError: If there are checkpoints and all of them are broken.
     """
+    for work in folder.glob(".writing-step-*"):  # whole, but the crash came before it got its name
+        final = work.with_name(work.name.removeprefix(".writing-"))
+        if not final.exists() and broken(work) is None:
+            work.rename(final)
     found = _steps(folder)
     for path in reversed(found):
         wrong = broken(path)

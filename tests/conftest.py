@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from llmtrain import cli
+
+settings.register_profile("llmtrain", deadline=None)  # a busy machine is no failure
+settings.load_profile("llmtrain")
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,16 @@ def test_a_grid_trains_each_of_its_jobs(call):
     assert {path.name for path in said.cwd.iterdir()} == {"text.txt", "cache", "out"}
 
 
+def test_a_grid_lies_where_its_runs_lie_also_at_home(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("text.txt").write_text("abc\n" * 100)
+    said = call("train", *TINY, "-m", 'run.dir="~/out"')
+    assert said.code == 0, said.err
+    [sweep] = (tmp_path / "home" / "out").iterdir()
+    assert (sweep / "0" / "result.json").is_file()
+    assert {path.name for path in said.cwd.iterdir()} == {"text.txt", "cache"}
+
+
 # Every way to get the config wrong
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmtrain.folder import check_name, hold, place, read_config, write_atomically, write_config, write_json
 from llmtrain.knobs import ConfigError, UserError
@@ -53,6 +55,42 @@ def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
         check_name(name)
     (misfit,) = told.value.misfits
     assert (misfit.key, misfit.value) == ("run.name", name)
+
+
+@given(
+    st.one_of(
+        st.text(max_size=20),
+        st.text("a./~\\\0-\n ", max_size=12),
+        st.lists(st.sampled_from(["a", "..", ".", "", "~", "b.c", "...", "/", "\0", "é"]), max_size=5).map("/".join),
+    )
+)
+def test_no_name_leads_out_of_the_folder_of_runs(name: str) -> None:
+    root = Path("/somewhere/runs")
+    try:
+        check_name(name)
+    except ConfigError:
+        assert not re.fullmatch(r"[a-z]+", name)  # a plain word is never refused
+        return
+    path = Path(os.path.normpath(root / name))
+    assert path != root
+    assert root in path.parents
+    assert place(str(root), name, "stem") == path
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "a/" * 127 + "bb"])
+def test_a_name_longer_than_file_systems_take_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is too long"):
+        check_name(name)
+    check_name(name[: len(name) // 2 + 1])
+
+
+def test_a_folder_of_runs_that_can_be_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for parent in (f"{tmp_path}/file", f"{tmp_path}/file/runs", "a\0b", "x" * 300, "~nobody_of_that_name/runs"):
+        for name in (None, "x"):
+            with pytest.raises(ConfigError) as told:
+                place(parent, name, "stem")
+            assert [(m.key, m.value) for m in told.value.misfits] == [("run.dir", parent)]
 
 
 def test_a_link_does_not_lead_out(tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ def test_a_grid_that_a_config_asks_for_is_looked_through(stranger):
     ],
 )
 def test_the_command_line_is_held_to_the_same(stranger, override: str):
-    assert stranger({}, override).code == 2
+    said = stranger({}, override)
+    assert said.code == 2
+    assert "one thing is wrong" in said.err  # not told again where Hydra repeats the command line
 
 
 @pytest.mark.parametrize(

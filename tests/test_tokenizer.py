@@ -202,11 +202,11 @@ def test_bytes_of_the_tokens_of_others_add_up(tmp_path: Path) -> None:
 
 def test_added_tokens_that_are_text_count_as_text(tmp_path: Path) -> None:
     library = tokenizers.Tokenizer.from_str(gpt2_like().to_str())
-    library.add_tokens(["    ", "Größe"])
+    library.add_tokens(["Größe", "<|im_start|>"])
     tokenizer = file([], path=str(save(library, tmp_path)))
-    text = "    if Größe == 1:"
+    text = "    if Größe == 1:  # <|im_start|>"
     ids = tokenizer.encode(text)
-    assert {library.token_to_id("    "), library.token_to_id("Größe")} <= set(ids.tolist())
+    assert {library.token_to_id("<|im_start|>"), library.token_to_id("Größe")} <= set(ids.tolist())
     assert tokenizer.bytes_per_token()[ids].sum() == len(text.encode())
 
 

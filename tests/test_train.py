@@ -18,7 +18,6 @@ import yaml
 from runs import lines, llmtrain, make_text, outcome, sha256, steps, tiny, train, write_text
 from safetensors.torch import load_file
 from test_loggers import scalars
-from test_text import as_nobody
 
 from llmtrain.compose import config_folder
 from llmtrain.data.corpus import content_hash, from_file, split_tails
@@ -46,15 +45,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "precision=tf32"])
 def test_every_option_takes_a_step(place: Path, option: str) -> None:
     group, _, name = option.partition("=")
+    run = place / "runs" / f"{group}-{name}"
     needs = [word.format(place=place) for word in NEEDS.get(option, [])]
     words = tiny(
-        place, option, *needs, "train.steps=2", "checkpoint.every=1", "checkpoint.keep=9", f"run.name={option}"
+        place, option, *needs, "train.steps=2", "checkpoint.every=1", "checkpoint.keep=9", f"run.name={run.name}"
     )
     if option == "data=stdlib":
         words = [word for word in words if "data.path" not in word and "data.split" not in word]
     code, text = llmtrain(words, place)
     assert code == 0, text
-    run = place / "runs" / option
     given = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
     config = yaml.safe_load((run / "config.yaml").read_text())
     overridden = {word.split("=")[0].lstrip("~") for word in words}
@@ -284,27 +283,24 @@ def test_it_works_from_any_folder_and_touches_no_other(tmp_path: Path) -> None:
     assert re.fullmatch(r"gpt_nano-adam-\d{8}-\d{6}", other)
 
 
-@pytest.mark.parametrize(
-    "command", [[sys.executable, "-m", "llmtrain"], [str(Path(sys.executable).parent / "llmtrain")]]
-)
-def test_the_command_itself(tmp_path: Path, command: list[str]) -> None:
-    """A process that nothing was done to: as a user starts it."""
-    if not Path(command[0]).exists():
-        pytest.skip("llmtrain is not installed as a command")
-    words = tiny(tmp_path, "run.name=real", "log.tensorboard=true", "train.steps=3")
+def test_the_command_itself(tmp_path: Path) -> None:
+    """Processes that nothing was done to: as a user starts them."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    done = subprocess.run(
-        [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "finished after 3 steps" in done.stdout
+    script = Path(sys.executable).parent / "llmtrain"
+
+    def call(*command: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
+
+    words = tiny(tmp_path, "run.name=real", "log.tensorboard=true", "train.steps=3")
+    done = call(sys.executable, "-m", "llmtrain", *words)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"finished after 3 steps" in done.stdout
     run = tmp_path / "runs/real"
-    generate = [*command, "generate", f"run={run}", "tokens=3"]
-    made = subprocess.run(generate, cwd=tmp_path, env=environment, capture_output=True, timeout=120, check=False)
+    assert scalars(run)["train/loss"][-1][0] == 3
+    installed = [str(script)] if script.exists() else [sys.executable, "-m", "llmtrain"]
+    made = call(*installed, "generate", f"run={run}", "tokens=3")
     assert (made.returncode, made.stderr) == (0, b"")
     assert made.stdout.startswith(b"def")
-    assert scalars(run)["train/loss"][-1][0] == 3
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
@@ -318,9 +314,9 @@ def test_the_command_itself(tmp_path: Path, command: list[str]) -> None:
         (make_text(3000).encode() + b"\0 and more\n", "text.txt: is not text: a zero byte at offset 30"),
         (
             make_text(3000).encode() + "für alle\n".encode("latin-1"),
-            "text.txt: is not UTF-8: invalid continuation byte at byte offset 30",
+            "text.txt: is not UTF-8: invalid start byte at byte offset 30",
         ),
-        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, "text.txt: is not UTF-8: invalid start byte at byte offset 0"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, "text.txt: is not text: a zero byte at offset 8"),
         (b"too short\n", "train tokens are fewer than one sample takes (33)"),
         (b"x", "train tokens are fewer than one sample takes (33)"),
     ],
@@ -351,7 +347,6 @@ def test_a_file_that_is_not_left_alone_is_one_clear_error(tmp_path: Path, when: 
         "shrinks": "os.truncate(path, 100)",
         "changes": "open(path, 'r+').write('XYZ')",
     }
-    where = {"before it is opened": "split_tails", "while it is read": "prepare"}
     before = f"""
 import os
 import llmtrain.data.text as text
@@ -367,7 +362,6 @@ def meddle(*args):
     return function(*args)
 setattr(module, name, meddle)
 """
-    assert where
     code, text = llmtrain(tiny(tmp_path, "run.name=bad"), tmp_path, before=before)
     if what == "changes" and when == "before it is opened":
         assert code == 0, text  # then it is simply other data
@@ -385,31 +379,26 @@ setattr(module, name, meddle)
     assert not list((tmp_path / "cache").glob("tokens/*"))
 
 
-def test_what_may_not_be_read_or_written_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from llmtrain.cli import main
-
+def test_what_may_not_be_read_or_written_is_one_clear_error(tmp_path: Path) -> None:
     write_text(tmp_path)
-    shut = tmp_path / "shut"
-    shut.mkdir(0)
+    (tmp_path / "shut").mkdir()
     (tmp_path / "file").write_text("")
-    try:
-        for words, told in (
-            ([f"data.path={shut}"], "cannot be read: Permission denied"),
-            ([f"data.path={shut / 'a.txt'}"], "cannot be read: Permission denied"),
-        ):
-            with as_nobody():
-                assert main(tiny(tmp_path, *words, "run.name=bad")) == 2
-            error = capsys.readouterr().err
-            assert told in error
-            assert len(error.splitlines()) == 1
-    finally:
-        shut.chmod(0o700)
+    shut = f"""
+import os
+look = os.scandir
+def scandir(path="."):
+    if str(path) == {str(tmp_path / "shut")!r}:  # root may look into everything
+        raise PermissionError(13, "Permission denied", str(path))
+    return look(path)
+os.scandir = scandir
+"""
     for words, told in (
+        ([f"data.path={tmp_path / 'shut'}"], f"{tmp_path / 'shut'}: cannot be read: Permission denied"),
         ([f"run.cache={tmp_path / 'file'}"], f"{tmp_path / 'file'}/tokens: cannot be written: Not a directory"),
-        ([f"run.dir={tmp_path / 'file'}"], f"{tmp_path / 'file'}/bad: cannot be written: Not a directory"),
+        ([f"run.dir={tmp_path / 'file'}"], f"can be no folder: {tmp_path / 'file'} is a file"),
         ([f"data.path={tmp_path / 'none'}"], "is no such file, folder or glob"),
     ):
-        code, text = llmtrain(tiny(tmp_path, *words, "run.name=bad"), tmp_path)
+        code, text = llmtrain(tiny(tmp_path, *words, "run.name=bad"), tmp_path, before=shut)
         assert code == 2, text
         assert told in text
         assert "Traceback" not in text
@@ -465,4 +454,4 @@ def test_it_learns_more_than_frequencies(place: Path) -> None:
     assert result["metrics"]["val_loss"] < result["baseline"]["unigram"] - 0.3
     assert told[0]["loss"] > result["baseline"]["unigram"]
     losses = [line["loss"] for line in told if "loss" in line]
-    assert sum(losses[-3:]) < sum(losses[:3]) * 0.75
+    assert losses[-1] < losses[0] - 1
