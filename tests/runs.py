@@ -209,6 +209,7 @@ class Process:
             return _ask({"wait": self.pid}, patience)
         except TimeoutError:
             os.kill(self.pid, signal.SIGKILL)
+            _ask({})  # takes the late answer
             raise TimeoutError(f"still running after {patience} s:\n{self.text()}") from None
 
     def wait_until(self, there: Any, patience: float = PATIENCE) -> None:
@@ -258,8 +259,9 @@ def _server() -> subprocess.Popen[str]:
 def _ask(request: dict[str, Any], patience: float = PATIENCE) -> int:
     to, back = _server().stdin, _server().stdout
     assert to is not None and back is not None
-    to.write(json.dumps(request) + "\n")
-    to.flush()
+    if request:
+        to.write(json.dumps(request) + "\n")
+        to.flush()
     if not select.select([back], [], [], patience)[0]:
         raise TimeoutError
     return int(back.readline())

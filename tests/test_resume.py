@@ -94,11 +94,13 @@ def test_killed_three_times(place: Path, control: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    long = ["train.steps=250"]
+    """Twenty kills that hit a living run, however fast the machine is: one that ends before is begun anew."""
+    long, hits = ["train.steps=250"], 0
     train(tmp_path, *SETTINGS, *long, "run.name=control")
-    for name in ("first", "second"):
-        assert kill_until_finished(tmp_path, name, 20, long) >= 15
+    for name in ("first", "second", "third", "fourth", "fifth", "sixth"):
+        hits += kill_until_finished(tmp_path, name, 10, long)
         equal(tmp_path / "runs" / name, outcome(tmp_path / "runs/control"))
+    assert hits >= 20
 
 
 _DIE = """

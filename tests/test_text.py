@@ -291,6 +291,7 @@ def test_the_library_is_sorted_and_holds_no_tests_and_no_packages(library: Any) 
     assert len(topics) > 50
     assert {"argparse.py", "json/decoder.py", "asyncio/tasks.py", "this.py"} <= set(files)
     assert "pydoc_data/topics/lambda" in topics
+    assert "pydoc_data/topics.py" not in files  # or it would be learned from twice
     parts = {part for key in files for part in key.split("/")}
     assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     assert not [key for key in files if not key.endswith(".py") or key.startswith(("/", "_sysconfigdata"))]
