@@ -199,7 +199,9 @@ def _train_job(composed: Any, trust: Sequence[str]) -> tuple[list[str], Result]:
     if values["run"]["name"] is None:
         folder = Path(hydra.sweep.dir) / str(hydra.sweep.subdir)
         root = Path(values["run"]["dir"]).expanduser()
-        values["run"]["name"] = str(folder.relative_to(root)) if folder.is_relative_to(root) else folder.name
+        # a config without our hydra section has its grids elsewhere: the whole path, with its date, tells them apart
+        within = folder.relative_to(root if folder.is_relative_to(root) else folder.anchor)
+        values["run"]["name"] = str(within)
     plain: dict[str, Any] = {str(k): v for k, v in values.items()}
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
     given = list(hydra.overrides.task)

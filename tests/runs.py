@@ -7,6 +7,7 @@ nothing: this file, run as a program. Each is a process like any other: it can b
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import hashlib
 import json
@@ -296,6 +297,8 @@ def _serve() -> None:
 
 def _become(request: dict[str, Any]) -> None:
     os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the tests
     os.chdir(request["cwd"])
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)

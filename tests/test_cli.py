@@ -231,6 +231,17 @@ def test_a_grid_trains_each_of_its_jobs(call):
     assert {path.name for path in said.cwd.iterdir()} == {"text.txt", "cache", "out"}
 
 
+def test_grids_of_a_config_that_a_run_wrote_share_no_folder(call):
+    Path("text.txt").write_text("abc\n" * 100)
+    assert call("train", *TINY, "run.name=mine").code == 0
+    for name in ("first", "second"):
+        sweep = f"hydra.sweep.dir=grids/{name}"
+        said = call("train", "--config-dir", "runs/mine", "run.name=null", "-m", "train.seed=1,2", sweep)
+        assert said.code == 0, said.err
+    found = {path.parent.relative_to("runs").as_posix() for path in Path("runs").rglob("result.json")}
+    assert found == {"mine", "grids/first/0", "grids/first/1", "grids/second/0", "grids/second/1"}
+
+
 def test_a_grid_lies_where_its_runs_lie_also_at_home(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     Path("text.txt").write_text("abc\n" * 100)
