@@ -126,6 +126,7 @@ def trainer(shape: str, overrides: list[str]) -> float:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
+            activation_function={"gelu_tanh": "gelu_new"}.get(values["activation"], values["activation"]),
         )
     )
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,6 +7,7 @@ whole. On reading, the sums are checked; what does not fit is set aside and the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -195,7 +196,7 @@ def find(run: Path, which: str) -> Path:
         found = steps[max(steps)]
         if which == "best" and broken(found) is None:
             best = json.loads((found / "state.json").read_text())["best"].get("step")
-            found = steps.get(best, found)
+            found = _best_of(list(steps.values()), best) or found
         elif which not in ("best", "last"):
             if not which.isdecimal() or int(which) not in steps:
                 there = ", ".join(str(step) for step in steps)
@@ -331,11 +332,24 @@ def _aside(path: Path, prefix: str) -> Path:
 
 def _rotate(folder: Path, keep: int, best: int) -> None:
     """Removes old checkpoints. Each is renamed first, so that a crash leaves no half of one under its name."""
-    for path in _steps(folder)[:-keep]:
-        if _step(path) != best:
+    found = _steps(folder)
+    kept = _best_of(found, best)
+    for path in found[:-keep]:
+        if path != kept:
             _aside(path, ".old-")
     for left in [*folder.glob(".old-*"), *folder.glob(".writing-*")]:  # from now, or left by a crash
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _best_of(found: list[Path], step: int | None) -> Path | None:
+    """The checkpoint of the best evaluation; where that was not saved, the best judged of those that were."""
+    losses = {}
+    for path in found:
+        if _step(path) == step:
+            return path
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            losses[path] = json.loads((path / "state.json").read_text())["last"]["val_loss"]
+    return min(losses, key=lambda path: losses[path], default=None)
 
 
 def _steps(folder: Path) -> list[Path]:

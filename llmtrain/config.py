@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from annotated_types import Ge, Le
 
 from llmtrain.build import GROUPS, Choice, choose, validate
 from llmtrain.knobs import ConfigError, Count, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
@@ -69,7 +71,7 @@ class Train:
     compile: Literal["off", "block", "model"]
     seed: Natural
     device: Literal["auto", "cpu", "cuda"]
-    threads: Count | None
+    threads: Annotated[int, Ge(1), Le(1024)] | None
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,22 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: readers see the old text or the new, never half of it."""
+    """Replaces a file in one step: readers see the old text or the new, never half of it.
+
+    Raises:
+        UserError: If it cannot be written, as when the disk is full.
+    """
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    with work.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
+    try:
+        with work.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            work.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_config(folder: Path, plain: dict[str, Any], overrides: list[str], choices: dict[str, str]) -> None:

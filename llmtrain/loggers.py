@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from llmtrain.folder import write_atomically
+from llmtrain.knobs import UserError
 
 
 class JsonLines:
@@ -25,13 +27,21 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends a line and hands it to the system, so that a killed process loses none."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        """Appends a line and hands it to the system, so that a killed process loses none.
+
+        Raises:
+            UserError: If it cannot be written, as when the disk is full.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, and was told
+            self._file.close()
 
 
 class TensorBoard:

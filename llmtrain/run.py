@@ -37,6 +37,8 @@ from llmtrain.tasks import causal_lm
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import Data, DataSpec, Result, Setup
 
+_LARGEST_BATCH = 1 << 20
+
 
 def part_misfits(config: RunConfig) -> list[Misfit]:
     """What only the parts themselves can tell, asked on the meta device: nothing is allocated or written.
@@ -52,6 +54,8 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
             yield
         except ConfigError as error:
             misfits.extend(m.under(prefix) if prefix else m for m in error.misfits)
+        except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no machine can hold
+            misfits.append(Misfit(prefix, "as given", f"cannot be built: {str(error).splitlines()[0]}"))
 
     misfits += _sizes(config) + _decays(config)
     if config.run is not None:
@@ -88,6 +92,8 @@ def _sizes(config: RunConfig) -> list[Misfit]:
     train = config.train
     if train is None or train.batch_size is None or train.accumulate is None:
         return []
+    if train.batch_size > _LARGEST_BATCH:
+        return [Misfit("train.batch_size", train.batch_size, f"must be at most {_LARGEST_BATCH}")]
     if train.batch_size % (train.accumulate * world()) == 0:
         return []
     rule = f"must be a multiple of train.accumulate ({train.accumulate})" + (" x devices" if world() > 1 else "")

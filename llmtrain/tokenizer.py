@@ -176,7 +176,8 @@ def bpe(texts: Iterable[str], *, vocab_size: Count, min_frequency: Count, train_
         train_bytes: Bytes of text that the merges are learned from, taken from the beginning. Raise: better
             merges, more time and memory. Lower: faster.
     """
-    require(vocab_size=(vocab_size >= 257, vocab_size, "must be >= 257: 256 bytes and the end of text"))
+    rule = "must be >= 257 (256 bytes and the end of text) and <= 16777216"
+    require(vocab_size=(257 <= vocab_size <= 1 << 24, vocab_size, rule))
 
     def head() -> Iterable[str]:
         left = train_bytes

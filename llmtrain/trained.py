@@ -33,7 +33,10 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     config = _config(folder, trust)
     device = _device(settings.device)
     screen = Screen()
-    data = prepare_data(config, screen)
+    try:
+        data = prepare_data(config, screen)
+    except ConfigError as error:
+        raise _told(folder, error, "data.") from None
     model, record = _model(config, data.spec, path, device)
     if record["fingerprint"] != data.fingerprint:
         raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
@@ -91,8 +94,13 @@ def _config(folder: Path, trust: Sequence[str]) -> RunConfig:
     try:
         return check(read_config(folder), trust)
     except ConfigError as error:
-        first = error.misfits[0]
-        raise UserError(f"{folder / 'config.yaml'}: {first.key} = {first.value}: {first.rule}") from None
+        raise _told(folder, error) from None
+
+
+def _told(folder: Path, error: ConfigError, section: str = "") -> UserError:
+    """What is wrong with the config of a run, which is not that of the command line."""
+    first = error.misfits[0]
+    return UserError(f"{folder / 'config.yaml'}: {section}{first.key} = {first.value}: {first.rule}")
 
 
 def _device(wanted: str) -> torch.device:

@@ -148,6 +148,7 @@ def tiny(folder: Path, *more: str) -> list[str]:
         "log.tensorboard=false",
         "eval.every=1000",
         "eval.batches=2",
+        "sample.prompt=the",
         "sample.tokens=4",
         f"run.dir={folder / 'runs'}",
         f"run.cache={folder / 'cache'}",
@@ -272,6 +273,7 @@ def _serve() -> None:
     """Forks a process for each request to start one, and waits for those asked about."""
     replies = os.dup(1)
     os.dup2(2, 1)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # other tests run beside these
     import torch._dynamo  # what making an optimizer imports
     import torch.utils.tensorboard  # noqa: F401
 
@@ -299,6 +301,7 @@ def _become(request: dict[str, Any]) -> None:
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is born deaf to it
     os.chdir(request["cwd"])
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -419,6 +419,16 @@ def test_a_broken_newest_does_not_push_out_the_good_before_it(tmp_path: Path) ->
     assert names(tmp_path) == ["broken-step-00000030", "step-00000020", "step-00000025"]
 
 
+def test_where_the_best_was_not_saved_the_best_of_the_saved_is_kept(tmp_path: Path) -> None:
+    folder, state = tmp_path / "checkpoints", trained()
+    state.best = {"step": 5, "val_loss": 0.1}
+    for state.step, loss, there in ((10, 3.0, [10]), (20, 2.0, [20]), (30, 4.0, [20, 30]), (40, 2.5, [20, 40])):
+        state.last = {"val_loss": loss}
+        save(folder, state, 1, {})
+        assert [int(name[5:]) for name in names(folder)] == there
+    assert find(tmp_path, "best") == folder / "step-00000020"
+
+
 # -- find -----------------------------------------------------------------------------------------------------
 
 

@@ -170,9 +170,10 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail) if call == "fsync" else patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match=rf"^{path}: cannot be written: No space left on device$"):
             write_atomically(path, "new and longer\n")
     assert path.read_text() == "old\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
     write_atomically(path, "new\n")
     assert path.read_text() == "new\n"
     assert [p.name for p in tmp_path.glob("[!.]*")] == ["file.txt"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llmtrain.knobs import UserError
 from llmtrain.loggers import JsonLines, TensorBoard
 
 
@@ -60,6 +61,18 @@ def test_a_run_that_starts_anew_starts_with_nothing(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n')
     JsonLines(path, 0).close()
     assert path.read_text() == ""
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    log = JsonLines(tmp_path / "metrics.jsonl", 0)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._file.fileno())
+    os.close(full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: No space left on device$"):
+        log.write(1, {"loss": 1.0})
+    log.close()
 
 
 # -- TensorBoard ----------------------------------------------------------------------------------------------

@@ -375,10 +375,16 @@ def test_a_signal_saves_and_stops(
 _HANG_IN_SAVING = """
 import time
 import llmtrain.checkpoint as checkpoint
+import llmtrain.stop as stop
 def hang(work, *args):
     work.mkdir(parents=True)
     time.sleep(600)
 checkpoint._write = hang
+heard = stop.Stop._heard
+def hear(self, number, frame):
+    heard(self, number, frame)
+    print(f"heard {number}", flush=True)
+stop.Stop._heard = hear
 """
 
 
@@ -390,6 +396,7 @@ def test_a_second_signal_leaves_at_once(place: Path, control: dict[str, Any], fi
     process.wait_until(trains(run, 1))
     process.send(first)
     process.wait_until(lambda: list((run / "checkpoints").glob(".writing-*")))
+    process.wait_until(lambda: f"heard {first}" in process.text())
     begun = time.monotonic()
     process.send(second)
     assert process.wait() == 128 + second

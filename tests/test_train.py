@@ -298,9 +298,9 @@ def test_the_command_itself(tmp_path: Path) -> None:
     run = tmp_path / "runs/real"
     assert scalars(run)["train/loss"][-1][0] == 3
     installed = [str(script)] if script.exists() else [sys.executable, "-m", "llmtrain"]
-    made = call(*installed, "generate", f"run={run}", "tokens=3")
+    made = call(*installed, "generate", f"run={run}", "prompt=abc", "tokens=3")
     assert (made.returncode, made.stderr) == (0, b"")
-    assert made.stdout.startswith(b"def")
+    assert made.stdout.startswith(b"abc")
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
