@@ -34,6 +34,8 @@ from llmtrain.knobs import ConfigError, Misfit, nearest
 
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
+FREE_TEXT = ("prompt", "sample.prompt")
+"""Knobs whose value is taken as it is typed, with its spaces, commas and brackets."""
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 UNREADABLE = (yaml.YAMLError, HydraException, OmegaConfBaseException, OSError, ValueError)
 """What is raised for YAML files that cannot be read or composed."""
@@ -68,6 +70,10 @@ def mend(override: str) -> str:
     """Takes the other words in use for a group: `optimizer.lr=1` becomes `optim.lr=1`."""
     for word, group in ALIASES.items():
         override = re.sub(rf"^([+~]*){word}(?=[.=@]|$)", rf"\1{group}", override)
+    key, _, text = override.partition("=")
+    if key in FREE_TEXT and text and text[0] not in "\"'":
+        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+        override = f"{key}='{escaped}'"
     return override
 
 

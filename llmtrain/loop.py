@@ -95,7 +95,8 @@ def fit(state: TrainState, job: Job) -> str:
             loss = _backward(state, job, batch)
             state.batches += 1
             batch = job.loader.step(state.batches)  # read and copied while the device computes
-            if _update(state, job, lr, loss):
+            applied = _update(state, job, lr, loss)
+            if applied:
                 state.step += 1
             elif hopeless(loss, state.scaler):
                 return "diverged"
@@ -106,7 +107,8 @@ def fit(state: TrainState, job: Job) -> str:
             last = state.step >= job.length.steps(state.step, clock.seconds())
             stop = job.stop() and not last
 
-            log, judge, keep = (due(state.step, e) or last for e in (job.log_every, job.eval_every, job.save_every))
+            every = (job.log_every, job.eval_every, job.save_every)
+            log, judge, keep = (last or (applied and due(state.step, e)) for e in every)
             if (log or ((judge or keep or stop) and not _finite(state.pending))) and state.pending:
                 metrics = _measure(state, job, lr, clock)
                 job.watcher.measured(state.step, metrics)

@@ -280,3 +280,12 @@ def test_a_grid_may_stand_in_a_config(folder: Path):
     jobs = grid("experiment=rates", "train.seed=7", folder=folder)
     assert [job.misfits for job in jobs] == [[], []]
     assert [(j.values["optim"]["lr"], j.values["train"]["seed"]) for j in jobs] == [(0.5, 7), (-1, 7)]
+
+
+@pytest.mark.parametrize(
+    "text", ["def ", " x", "f(a, b='c", "a,b", "[1", "back\\slash\\n", "ends in \\", "{", "x=y", "it's \\' so"]
+)
+def test_a_prompt_is_taken_as_it_is_typed(text):
+    job = compose_jobs("config", [mend(f"sample.prompt={text}")], False)[0]
+    assert job.misfits == []
+    assert job.values["sample"]["prompt"] == text
