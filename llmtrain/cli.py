@@ -58,8 +58,8 @@ Tab completion: eval "$(llmtrain train -sc install=bash)", likewise zsh; llmtrai
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Waiting threads spin only for microseconds: as fast when the machine is idle, and where other work
-        # takes a core, a step takes a third of the time that it takes with the default of 300,000 spins.
+        # Waiting threads spin only for microseconds: where other work takes a core, a step took a third of the
+        # time that it takes with the default of 300,000 spins (docs/performance.md, with what is still open).
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
