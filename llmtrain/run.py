@@ -172,6 +172,8 @@ def train(config: RunConfig, origin: Origin) -> Result:
     try:
         device = hardware.choose_device(config.train.device)
         torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
+        if device.type == "cpu":
+            hardware.keep_freed_memory()
         data = prepare_data(config, screen)
         model, optim = origin.option("model", config.model.part.name), origin.option("optim", config.optim.part.name)
         place = folder.place(config.run.dir, config.run.name, f"{model}-{optim}".replace(":", "-"))

@@ -1,5 +1,7 @@
 """What the machine is and what it can do."""
 
+import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -169,3 +171,29 @@ def test_the_rate_of_products_is_measured_on_the_widest_one():
     rate = hardware.product_rate(CPU, torch.float32, make_gpt(width=64, heads=4), rows=64)
     assert 1e7 < rate < 1e14  # slower than a wristwatch, faster than any CPU
     assert hardware.product_rate(CPU, torch.float32, nn.ReLU(), rows=1) > 0
+
+
+def test_freed_memory_is_kept_so_that_large_tensors_cost_no_page_faults_each_time():
+    """In processes of their own: what a process has told its allocator stays told."""
+    code = """
+import resource, sys, torch
+from llmtrain.hardware import keep_freed_memory
+told = sys.argv[1] == "keep" and keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(2**21) for _ in range(10)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), faults()
+print(told, faults())
+"""
+    pages = 10 * 2**21 * 4 // os.sysconf("SC_PAGE_SIZE")
+    told, kept = run_python(code, "keep").split()
+    assert told == "True"
+    assert int(kept) < pages / 3
+    assert int(run_python(code, "leave").split()[1]) > pages * 2 / 3
+    assert run_python(code, "keep", MALLOC_TOP_PAD_="0").startswith("False")  # what the user says stands
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment).stdout
