@@ -39,6 +39,7 @@ GROUPS = {
     "precision": Group("llmtrain.precision", ("device",), "number formats of the arithmetic"),
     "data": Group("llmtrain.data", ("setup",), "what is learned from"),
     "tokenizer": Group("llmtrain.tokenizer", ("texts",), "how text becomes numbers"),
+    "task": Group("llmtrain.tasks", ("spec", "tokenizer"), "what is asked of the model"),
     "init": Group("llmtrain.init", ("model",), "the weights before the first step"),
 }
 

@@ -161,6 +161,7 @@ class Evaluation:
             Lower: noisier, faster. null takes all of the held-out data.
         batch_size: Samples per forward pass. Raise: faster on a GPU, more memory. Lower: less memory. null
             takes that of training.
+        split: val: the samples held out for validation. test: those kept for the test, where there are any.
         device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
     """
 
@@ -168,6 +169,7 @@ class Evaluation:
     checkpoint: str
     batches: Count | None
     batch_size: Count | None
+    split: Literal["val", "test"]
     device: Literal["auto", "cpu", "cuda"]
 
 
@@ -224,6 +226,7 @@ class RunConfig:
     precision: Choice
     data: Choice
     tokenizer: Choice
+    task: Choice
     init: Choice
     resume: str
 

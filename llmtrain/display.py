@@ -22,6 +22,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain.words import duration, short
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -36,26 +38,6 @@ def sparkline(values: list[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((m - low) * scale)] for m in means)
-
-
-def short(number: float) -> str:
-    """A number as a person says it: 1.24M, 18.2k, 3.1e-05."""
-    if number == 0 or not math.isfinite(number):
-        return str(number)
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(float(f"{number:.3g}")) >= limit:
-            return f"{float(f'{number:.3g}') / limit:.3g}{unit}"
-    return f"{number:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 05 s, or 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class Screen:
@@ -161,7 +143,7 @@ class Screen:
         self._losses.append(metrics["loss"])
         shown = (
             f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"grad norm {metrics['grad_norm']:.3f}  {short(metrics['tokens_per_second'])} tokens/s  "
+            f"grad norm {metrics['grad_norm']:.3f}  {_speed(metrics)}  "
             f"{self._mfu()}{duration(self._left())} left"
         )
         self._tell(shown)
@@ -199,7 +181,7 @@ class Screen:
             rows.add_row("loss", f"[bold]{line['loss']:.4f}[/]  {sparkline(self._losses, 50)}")
             rows.add_row("learning rate", f"{line['lr']:.3e}")
             rows.add_row("gradient norm", f"{line['grad_norm']:.3f}")
-            rows.add_row("speed", f"{short(line['tokens_per_second'])} tokens/s  {self._mfu()}")
+            rows.add_row("speed", f"{_speed(line)}  {self._mfu()}")
         if self._val is not None:
             step, metrics = self._val
             rows.add_row("validation", "  ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()) + f"  (step {step})")
@@ -227,3 +209,9 @@ class Screen:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+
+def _speed(metrics: dict[str, float]) -> str:
+    """What was processed per second, in the data's own unit."""
+    key = next(name for name in metrics if name.endswith("_per_second"))
+    return f"{short(metrics[key])} {key.removesuffix('_per_second')}/s"

@@ -23,25 +23,27 @@ def evaluate(
     precision: Precision,
     batch_size: int,
     batches: int | None,
+    prefix: str = "val",
 ) -> dict[str, float]:
     """Metrics over samples spread evenly over the held-out data, the same ones at every call.
 
     Args:
         model: What is judged; set to evaluation and back.
-        score: Summed loss of (inputs, targets, mask), a scalar on the device.
+        score: The task's sums (k,) over (inputs, targets, mask), on the device.
         samples: The held-out data.
-        task: Names the metrics.
+        task: Makes the questions, and names the metrics.
         precision: Number formats.
         batch_size: Samples per forward pass; shapes are always the same.
         batches: Most batches; None takes all samples.
+        prefix: What the metrics' names begin with.
 
     Returns:
-        The task's metrics, each named `val_...`.
+        The task's metrics, each named `val_...` or after another prefix.
     """
     device = next(model.parameters()).device
     number = len(samples) if batches is None else min(len(samples), batches * batch_size)
     chosen = np.linspace(0, len(samples) - 1, number).round().astype(np.int64)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    sums: Tensor | float = 0.0
     count, weight = 0, 0.0
     training = model.training
     model.eval()
@@ -49,12 +51,14 @@ def evaluate(
         for first in range(0, number, batch_size):
             indices = chosen[first : first + batch_size]
             padded = np.resize(indices, batch_size)  # the last batch is filled up, and masked
-            inputs, targets, mask = samples.take(padded.tolist())
+            keys = [(0, 0, int(index)) for index in padded]
+            inputs, targets, mask = task.vary(*samples.take(padded.tolist()), keys)
             mask[len(indices) :] = False
             count += int(mask.sum())
             weight += task.weigh(targets, mask)
             with precision.autocast():
-                nats += score(*to_device(inputs, targets, mask, device))
+                sums = sums + score(*to_device(inputs, targets, mask, device)).double()
     model.train(training)
-    metrics = task.metrics(float(total(nats)), count, weight)
-    return {f"val_{name}": value for name, value in metrics.items()}
+    assert isinstance(sums, Tensor), "there are held-out samples, or the data would have been refused"
+    metrics = task.metrics(total(sums).tolist(), count, weight)
+    return {f"{prefix}_{name}": value for name, value in metrics.items()}

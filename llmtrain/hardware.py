@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain.knobs import ConfigError, Misfit
+from llmtrain.types import DataSpec
 
 # Dense matrix-product peaks in FLOP/s by what the driver calls the GPU, from NVIDIA's data sheets.
 _PEAKS = {
@@ -79,6 +80,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peaks.get(dtype) for key, peaks in _PEAKS.items() if key in name), None)
+
+
+def blank(spec: DataSpec, batch: int = 1) -> Tensor:
+    """Inputs of the right shape and type, all zero, on the device in use."""
+    return torch.zeros(batch, *spec.shape) if spec.shape else torch.zeros(batch, spec.context, dtype=torch.long)
 
 
 def count_flops(model: nn.Module, inputs: Tensor) -> int:

@@ -52,7 +52,8 @@ class Job:
         eval_every: Steps between evaluations.
         save_every: Steps between checkpoints, or None.
         save_best: Whether each best evaluation is saved.
-        tokens_per_step: Tokens in one step over all processes.
+        amount_per_step: Tokens, or samples, in one step over all processes.
+        unit: What that amount is counted in.
         stop: Becomes true when a signal asks to stop.
     """
 
@@ -70,7 +71,8 @@ class Job:
     eval_every: int
     save_every: int | None
     save_best: bool
-    tokens_per_step: int
+    amount_per_step: int
+    unit: str = "tokens"
     stop: Callable[[], bool] = field(default=lambda: False)
 
 
@@ -190,7 +192,7 @@ def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str,
     """The line of metrics for the steps since the last one. The only place where a step waits for the device."""
     loss, norm = torch.stack(state.pending).double().mean(0).tolist()
     state.pending.clear()
-    metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": float(state.batches * job.tokens_per_step)}
+    metrics = {"loss": loss, "lr": lr, "grad_norm": norm, job.unit: float(state.batches * job.amount_per_step)}
     penalty = float(job.regularizer.penalty())
     if penalty:
         metrics["penalty"] = penalty
@@ -199,7 +201,7 @@ def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str,
     if job.loader.device.type == "cuda":
         metrics["memory_bytes"] = float(torch.cuda.max_memory_allocated(job.loader.device))
     seconds, steps = clock.lap(state.step)
-    metrics |= {"step_seconds": seconds / steps, "tokens_per_second": job.tokens_per_step * steps / seconds}
+    metrics |= {"step_seconds": seconds / steps, f"{job.unit}_per_second": job.amount_per_step * steps / seconds}
     return metrics
 
 

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,14 @@ from llmtrain.evaluate import evaluate
 from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, Misfit, UserError
 from llmtrain.loop import Job, Length, fit
-from llmtrain.losses import cross_entropy
 from llmtrain.optim.groups import param_groups, weights_of
 from llmtrain.precision import Precision
 from llmtrain.regularization import Regularizer
 from llmtrain.stop import Stop
 from llmtrain.story import Origin, Scene, Watcher, conclude, summarize
-from llmtrain.tasks import causal_lm
+from llmtrain.tasks import Task
 from llmtrain.tokenizer import Tokenizer
-from llmtrain.types import Data, DataSpec, Result, Setup
+from llmtrain.types import Data, DataSpec, Result, Samples, Setup
 
 _LARGEST_BATCH = 1 << 20
 
@@ -71,11 +71,17 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         _ask(config.tokenizer, [])
     with told("schedule"):
         _ask(config.schedule, 0, 10)
+    spec, task = DataSpec(), None
     if config.data is not None and config.tokenizer is not None and config.eval is not None:
         with told("data"):
-            config.data.build(_setup(config, dry=True))
+            spec = _provisional(config.data.build(_setup(config)), config)
+    with told("task"):
+        task = _ask(config.task, spec, None)
     with told("model"), torch.device("meta"):
-        model = _ask(config.model, _provisional_spec(config)) or nn.Linear(2, 2)
+        model = _ask(config.model, spec) or nn.Linear(2, 2)
+        misfits += _peeking(task, model)
+        with told("init"):
+            _ask(config.init, model)
         groups = param_groups(model)
         with told("optim"):
             _ask(config.optim, groups)
@@ -123,26 +129,36 @@ def _check_resume(config: RunConfig) -> None:
             raise ConfigError([Misfit("run.name", config.run.name, rule)])
 
 
-def _provisional_spec(config: RunConfig) -> DataSpec:
-    """What is known of the data before it is read: enough for the rules of a model."""
-    vocab = config.tokenizer.values.get("vocab_size", 50257) if config.tokenizer else 50257
-    return DataSpec(vocab=vocab, context=config.data.values.get("context", 1) if config.data else 1)
+def _peeking(task: Task | None, model: nn.Module) -> list[Misfit]:
+    """A model that sees later tokens cannot be asked for them."""
+    if task is None or not task.causal or getattr(model, "causal", True):
+        return []
+    rule = "is asked of a model that sees the later tokens already; use task=masked_lm, or a model that looks back only"
+    return [Misfit("task.name", task.name, rule)]
 
 
-def _setup(config: RunConfig, progress: Any = None, dry: bool = False) -> Setup:
-    key: dict[str, Any] = {"name": config.tokenizer.part.name, **config.tokenizer.values}
-    if not dry and isinstance(path := key.get("path"), str):  # the file's content counts, not where it lies
+def _provisional(spec: DataSpec, config: RunConfig) -> DataSpec:
+    """What is known of the data before it is read, enough for the rules of a model: the vocabulary is a guess."""
+    if spec.shape or spec.vocab:
+        return spec
+    return replace(spec, vocab=config.tokenizer.values.get("vocab_size", 50257))
+
+
+def _setup(config: RunConfig, roles: Sequence[str] | None = None, progress: Any = None) -> Setup:
+    """What the data part is given; `roles` are the special tokens that the task needs. Without, only for a look."""
+    key: dict[str, Any] = {"name": config.tokenizer.part.name, "roles": roles, **config.tokenizer.values}
+    if roles is not None and isinstance(path := key.get("path"), str):  # the file's content counts, not where it lies
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         key["path"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return Setup(
-        tokenizer=config.tokenizer.bind(),
+        tokenizer=lambda texts: config.tokenizer.build(texts).with_tokens(roles or ()),
         read_tokenizer=Tokenizer.read,
         tokenizer_key=json.dumps(key, sort_keys=True),
         val_fraction=config.eval.val_fraction,
         cache=Path(config.run.cache if config.run is not None else "").expanduser(),
         progress=progress,
-        dry=dry,
+        dry=roles is None,
     )
 
 
@@ -152,8 +168,10 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     Raises:
         UserError: If the data cannot be used.
     """
+    spec = _provisional(config.data.build(_setup(config)), config)
+    roles = config.task.build(spec, None).special_tokens
     try:
-        return config.data.build(_setup(config, screen.preparing))
+        return config.data.build(_setup(config, roles, screen.preparing))
     finally:
         screen.prepared()
 
@@ -192,9 +210,11 @@ def _train_in(
     record = _resume(source, state, config, data) if source is not None else {}
     screen.keep_log(place / "log.txt")
     folder.write_config(place, config.plain(), origin.overrides, origin.choices)
-    data.tokenizer.save(place / "tokenizer.json")
+    if data.tokenizer is not None:
+        data.tokenizer.save(place / "tokenizer.json")
     length = Length(config.train, len(data.train), data.spec.context)
-    scene = Scene(place, config, origin, data, device, precision, state.model, length, screen)
+    task = config.task.build(data.spec, data.tokenizer)
+    scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen)
     stop = Stop()
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
         job = _make_job(scene, regularizer, watcher, stop)
@@ -205,7 +225,8 @@ def _train_in(
         screen.end()
         result = Result(place, status, state.step, {**watcher.last, **state.last}, state.best, signal=stop.signal)
         if status == "finished":
-            result.sample = _sample(state.model, data, config)
+            result.sample = _sample(scene)
+            result.metrics |= _test(scene)
     conclude(scene, result)
     return result
 
@@ -239,24 +260,15 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
         seed=train.seed,
         device=scene.device,
         limit=scene.length.samples,
+        vary=scene.task.vary,
         rank=rank(),
         world=world(),
     )
-    score = partial(cross_entropy, temperature=1.0, label_smoothing=0.0)
     extra = {"fingerprint": data.fingerprint, "config": config.plain(), "batch_size": train.batch_size}
     return Job(
         loader=loader,
         loss=_compiled(summed(model, config.loss.bind()), model, train.compile),
-        evaluate=partial(
-            evaluate,
-            model,
-            _compiled(summed(model, score), model, train.compile),
-            data.val,
-            causal_lm(data.tokenizer),
-            scene.precision,
-            train.batch_size // (train.accumulate * world()),
-            config.eval.batches and config.eval.batches * train.accumulate,
-        ),
+        evaluate=partial(_judge, scene, data.val, config.eval.batches and config.eval.batches * train.accumulate),
         save=lambda state: checkpoint.save(scene.place / "checkpoints", state, config.checkpoint.keep, extra),
         watcher=watcher,
         regularizer=regularizer,
@@ -268,9 +280,23 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
         save_best=config.checkpoint.best,
-        tokens_per_step=train.batch_size * data.spec.context,
+        amount_per_step=train.batch_size * data.spec.context,
+        unit=data.spec.unit,
         stop=stop,
     )
+
+
+def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "val") -> dict[str, float]:
+    """The task's metrics on samples that are not learned from."""
+    train, model = scene.config.train, scene.model
+    score = _compiled(added_up(model, scene.task.score), model, train.compile)
+    size = train.batch_size // (train.accumulate * world())
+    return evaluate(model, score, samples, scene.task, scene.precision, size, batches, prefix)
+
+
+def _test(scene: Scene) -> dict[str, float]:
+    """The metrics on the test samples, looked at this once."""
+    return _judge(scene, scene.data.test, None, "test") if scene.data.test is not None else {}
 
 
 def summed(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -278,6 +304,15 @@ def summed(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callab
 
     def compute(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return (loss(model(inputs), targets) * mask).sum()
+
+    return compute
+
+
+def added_up(model: nn.Module, score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Model and a task's score in one function: the k sums over the targets that count."""
+
+    def compute(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return (score(model(inputs), targets) * mask.unsqueeze(-1)).flatten(0, -2).sum(0)
 
     return compute
 
@@ -329,10 +364,12 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _sample(model: nn.Module, data: Data, config: RunConfig) -> str:
-    if not hasattr(model, "make_caches") or not config.sample.tokens:
+def _sample(scene: Scene) -> str:
+    """Text from the trained model, if it is one that goes on with a text."""
+    model, data, settings = scene.model, scene.data, scene.config.sample
+    if not scene.task.causal or not hasattr(model, "make_caches") or not settings.tokens:
         return ""
     model.eval()
-    text = "".join(generate(model, data.tokenizer, config.sample, data.spec.context))
+    text = "".join(generate(model, data.tokenizer, settings, data.spec.context))
     model.train()
     return text

@@ -16,12 +16,14 @@ from torch import nn
 from llmtrain import folder, hardware
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
-from llmtrain.display import Screen, duration, short
+from llmtrain.display import Screen
 from llmtrain.loggers import JsonLines, TensorBoard
 from llmtrain.loop import Length
-from llmtrain.models.decoder import count_parameters
+from llmtrain.models.transformer import count_parameters
 from llmtrain.precision import Precision
+from llmtrain.tasks import Task
 from llmtrain.types import Data, Result
+from llmtrain.words import duration, short
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Scene:
     config: RunConfig
     origin: Origin
     data: Data
+    task: Task
     device: torch.device
     precision: Precision
     model: nn.Module
@@ -90,7 +93,7 @@ def summarize(scene: Scene, state: TrainState) -> None:
     config, data, origin = scene.config, scene.data, scene.origin
     with torch.device("meta"):
         shadow = config.model.build(data.spec)
-        forward = hardware.count_flops(shadow, torch.zeros(1, data.spec.context, dtype=torch.long))
+        forward = hardware.count_flops(shadow, hardware.blank(data.spec))
     flops = 3 * forward * config.train.batch_size  # the backward pass costs twice the forward pass
     screen = scene.screen
     screen.flops_per_step, screen.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)
@@ -98,13 +101,14 @@ def summarize(scene: Scene, state: TrainState) -> None:
     count = short(count_parameters(scene.model))
     rows = [
         ("model", f"{origin.option('model', config.model.part.name)}, {count} parameters"),
-        ("data", _data_in_words(data)),
+        ("data", data.words),
+        ("task", scene.task.name),
         ("length", _length_in_words(scene, steps, steps - state.step, flops)),
         ("compute", f"{short(flops)}FLOP per step on {hardware.device_name(scene.device)}"),
         ("precision", scene.precision.why),
     ]
     if scene.device.type == "cuda":
-        inputs = torch.zeros(1, data.spec.context, dtype=torch.long, device=scene.device)
+        inputs = hardware.blank(data.spec).to(scene.device)
         backend = hardware.attention_backend(scene.model, inputs, scene.precision.autocast)
         rows.append(("attention", f"{backend} kernel" if backend else "no fused kernel"))
     rows += [("optimizer", _optimizer_in_words(config)), *_origin_in_words(origin), ("folder", str(scene.place))]
@@ -112,28 +116,23 @@ def summarize(scene: Scene, state: TrainState) -> None:
     screen.begin(steps, state.step)
 
 
-def _data_in_words(data: Data) -> str:
-    facts = data.facts
-    return (
-        f"{facts['about']}: {short(facts['train_tokens'])} tokens to learn from, "
-        f"{short(facts['val_tokens'])} held out, "
-        f"vocabulary {data.spec.vocab}, {facts['bytes_per_token']:.2f} bytes per token, SHA-256 {facts['sha256'][:16]}"
-    )
-
-
 def _length_in_words(scene: Scene, steps: int, left: int, flops: float) -> str:
     train, data = scene.config.train, scene.data
-    tokens = train.batch_size * data.spec.context
+    tokens, unit = train.batch_size * data.spec.context, data.spec.unit
     micro = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
     if scene.length.seconds is not None:
-        return f"{duration(scene.length.seconds)}, {short(tokens)} tokens a step{micro}"
+        return f"{duration(scene.length.seconds)}, {short(tokens)} {unit} a step{micro}"
     rate = hardware.product_rate(scene.device, scene.precision.dtype, scene.model, tokens // train.accumulate)
     epochs = steps * train.batch_size / len(data.train)
     return (
-        f"{steps} steps of {train.batch_size} x {data.spec.context} = {short(tokens)} tokens{micro}, "
+        f"{steps} steps of {_product(train.batch_size, data.spec.context)}{short(tokens)} {unit}{micro}, "
         f"{epochs:.2f} epochs; "
         f"roughly {duration(2 * flops / rate * left)}"  # matrix products take about half of a step
     )
+
+
+def _product(samples: int, context: int) -> str:
+    return f"{samples} x {context} = " if context > 1 else ""
 
 
 def _optimizer_in_words(config: RunConfig) -> str:
@@ -159,7 +158,7 @@ def conclude(scene: Scene, result: Result) -> None:
         "step": result.step,
         "metrics": metrics,
         "best": result.best,
-        "baseline": {name: guess},
+        "baseline": {"by": name, **guess},
         "sample": result.sample,
     }
     folder.write_json(place / "result.json", record)
@@ -170,8 +169,9 @@ def conclude(scene: Scene, result: Result) -> None:
     rows += [
         ("checkpoints", str(place / "checkpoints")),
         ("metrics", f"{place / 'metrics.jsonl'} and TensorBoard events beside it"),
-        ("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt)}"),
     ]
+    if scene.task.causal:
+        rows.append(("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt)}"))
     screen.table(f"{result.status} after {result.step} steps", rows)
     if result.status == "diverged":
         screen.say("The loss is no longer a number. Lower optim.lr, raise schedule.warmup, or lower train.grad_clip.")
@@ -197,11 +197,14 @@ def compare(jobs: Sequence[tuple[list[str], Result]]) -> None:
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:
     metrics, (name, guess) = result.metrics, scene.data.baseline
-    bits = scene.data.facts["baseline_bits_per_byte"]
-    rows = [
-        ("validation", f"{metrics['val_loss']:.4f} nats/token, {metrics['val_bits_per_byte']:.4f} bits/byte"),
-        ("baseline", f"{guess:.4f} nats/token, {bits:.4f} bits/byte by guessing from {name} frequencies"),
-    ]
+    words = scene.task.words
+    rows = [("validation", words(_named(metrics, "val_"))), ("baseline", f"{words(guess)} by guessing from {name}")]
     if result.best and result.best["step"] != result.step:
-        rows.append(("best", f"{result.best['val_loss']:.4f} nats/token at step {int(result.best['step'])}"))
+        rows.append(("best", f"{words(_named(result.best, 'val_'))} at step {int(result.best['step'])}"))
+    if tested := _named(metrics, "test_"):
+        rows.append(("test", words(tested)))
     return rows
+
+
+def _named(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}

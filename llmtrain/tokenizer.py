@@ -24,6 +24,7 @@ from llmtrain.knobs import ConfigError, Count, Misfit, require
 
 END_OF_TEXT = "<|endoftext|>"
 _UNKNOWN = "<|unknown|>"
+_ROLES = {"end": (END_OF_TEXT, "</s>", "[SEP]"), "mask": ("<|mask|>", "[MASK]", "<mask>")}  # what ours and others say
 _GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _EACH_CHARACTER: dict[str, Any] = {
     "type": "Split",
@@ -32,6 +33,7 @@ _EACH_CHARACTER: dict[str, Any] = {
     "invert": False,
 }
 _ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of the byte-fallback of SentencePiece
+_WORD = re.compile(r"\w")
 _TRICKY = "It's  a\ttest\n\n   of 1234 é漢字🙂 x_y=='\\n'\r\n    def f(): pass  \n"
 
 
@@ -42,6 +44,7 @@ class Tokenizer:
         library: The tokenizer of the `tokenizers` library.
         vocab: Number of ids.
         end: Id of the end of a text, or None where the tokenizer has none.
+        mask: Id of the token that hides another, or None.
     """
 
     def __init__(self, library: tokenizers.Tokenizer):
@@ -50,9 +53,39 @@ class Tokenizer:
         library.encode_special_tokens = True  # their names in a text are text
         self.library = library
         self.vocab = max(library.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.end = next((i for t in (END_OF_TEXT, "</s>", "[SEP]") if (i := library.token_to_id(t)) is not None), None)
+        self.end, self.mask = self._id_of("end"), self._id_of("mask")
         self._settings: dict[str, Any] = json.loads(library.to_str())
         self._encode = self._fast_encoder() or self._encode_slowly
+
+    def _id_of(self, role: str) -> int | None:
+        return next((i for t in _ROLES[role] if (i := self.library.token_to_id(t)) is not None), None)
+
+    def with_tokens(self, roles: Sequence[str]) -> Tokenizer:
+        """This tokenizer with a token for each of these roles, such as `mask`; new ones come after all others."""
+        missing = [_ROLES[role][0] for role in roles if self._id_of(role) is None]
+        if not missing:
+            return self
+        self.library.add_special_tokens(missing)
+        return Tokenizer(self.library)
+
+    def special_ids(self) -> np.ndarray:
+        """Ids that stand for no text."""
+        return np.array([t["id"] for t in self._settings["added_tokens"] if t["special"]], dtype=np.int64)
+
+    def word_parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two arrays (vocab,) bool: whether a token begins a new word, and whether it ends the word it is in.
+
+        Words are runs of letters, digits and underscores; every other character stands alone.
+        """
+        begins, ends = np.ones(self.vocab, dtype=bool), np.ones(self.vocab, dtype=bool)
+        special = set(self.special_ids().tolist())
+        for token, index in self.library.get_vocab().items():
+            inner = token.startswith("##")  # WordPiece's mark of a token that goes on
+            text = token[2:] if inner else self.decode([index])
+            if index not in special and text:
+                begins[index] = not inner and (not _WORD.match(text[0]) or token[0] in "▁Ġ")
+                ends[index] = not _WORD.match(text[-1])
+        return begins, ends
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (tokens,) of a text."""

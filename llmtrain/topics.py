@@ -59,6 +59,16 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
+def option_values(group: str, option: str) -> dict[str, Any]:
+    """The values that an option's YAML file gives, those of the options it inherits from among them."""
+    own = _read(config_folder() / group / f"{option}.yaml")
+    parents = [entry for entry in own.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    inherited: dict[str, Any] = {}
+    for parent in parents:
+        inherited |= option_values(group, parent)
+    return inherited | own
+
+
 def option_topic(group: str, option: str) -> Topic:
     """What there is to say of `group=option`.
 
@@ -74,7 +84,7 @@ def option_topic(group: str, option: str) -> Topic:
         raise ConfigError(
             [Misfit(group, option, "no such option; there are " + ", ".join(known), nearest(option, known))]
         )
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = option_values(group, option)
     part = find(group, values["name"])
     summary = re.split(r"\n\s*(?:Args|Returns|Raises):", part.doc)[0].strip()
     return Topic(f"{group}={option}", summary, part_knobs(part), values, file, f"{part.module}.{part.name}")

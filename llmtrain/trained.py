@@ -6,7 +6,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ from llmtrain.evaluate import evaluate
 from llmtrain.folder import read_config, write_json
 from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
-from llmtrain.losses import cross_entropy
-from llmtrain.run import prepare_data, summed
-from llmtrain.tasks import causal_lm
+from llmtrain.run import added_up, prepare_data
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import DataSpec
 
@@ -41,18 +38,23 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     if record["fingerprint"] != data.fingerprint:
         raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
     precision = config.precision.build(device)
+    task = config.task.build(data.spec, data.tokenizer)
+    samples = data.test if settings.split == "test" else data.val
+    if samples is None:
+        raise UserError("split=test: this data keeps no test samples; use split=val")
     metrics = evaluate(
         model,
-        summed(model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0)),
-        data.val,
-        causal_lm(data.tokenizer),
+        added_up(model, task.score),
+        samples,
+        task,
         precision,
         settings.batch_size or max(config.train.batch_size // config.train.accumulate, 1),
         settings.batches,
+        settings.split,
     )
-    rows = [(name.removeprefix("val_"), f"{value:.6g}") for name, value in metrics.items()]
-    rows += [(f"{data.baseline[0]} guess", f"{data.baseline[1]:.6g} nats/token")]
-    rows += [("data", data.facts["about"]), ("checkpoint", str(path))]
+    rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
+    rows += [(f"guess by {data.baseline[0]}", task.words(data.baseline[1]))]
+    rows += [("data", data.facts["about"]), ("samples", settings.split), ("checkpoint", str(path))]
     screen.table("llmtrain eval", rows)
     write_json(folder / "eval.json", {"checkpoint": path.name, "batches": settings.batches, **metrics})
     screen.close()
@@ -64,6 +66,8 @@ def generate_from(settings: Generation, trust: Sequence[str]) -> int:
     folder, path = _locate(settings.run, settings.checkpoint)
     config = _config(folder, trust)
     device = _device(settings.device)
+    if config.task.part.name != "causal_lm":
+        raise UserError(f"{folder}: was trained for {config.task.part.name}; only models of causal_lm go on with a text")
     tokenizer = Tokenizer.read(folder / "tokenizer.json")
     spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"])
     model = _model(config, spec, path, device)[0].eval()

@@ -17,21 +17,33 @@ class DataSpec:
     """What a model must know of the data. Derived from the data, never retyped in YAML.
 
     Attributes:
-        vocab: Number of different tokens.
-        context: Tokens in one sample.
+        vocab: Number of different tokens; 0 where the inputs are numbers.
+        context: Tokens in one sample; 1 for images and tables.
+        shape: Shape of one sample's inputs where they are numbers: (channels, height, width) or (features,).
+        outputs: Numbers that are asked for each sample, one for each class or for each quantity; 0 asks for
+            logits over the vocabulary at each token.
+        pad: The token that fills short samples up at their end; it must change no result. None: there is none.
     """
 
-    vocab: int
-    context: int
+    vocab: int = 0
+    context: int = 1
+    shape: tuple[int, ...] = ()
+    outputs: int = 0
+    pad: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """What an amount of this data is counted in."""
+        return "samples" if self.shape else "tokens"
 
 
 class Batch(NamedTuple):
     """Samples that take one forward pass together.
 
     Attributes:
-        inputs: (B, T) token ids.
-        targets: (B, T) token ids, each the one that follows its input.
-        mask: (B, T) 1 where a target counts, 0 where it is padding.
+        inputs: (B, T) token ids, or (B, *shape) numbers.
+        targets: (B, T) token ids, (B,) classes or (B, outputs) numbers.
+        mask: (B, T) or (B,) true where a target counts.
     """
 
     inputs: Tensor
@@ -50,7 +62,8 @@ class Setup:
         val_fraction: Share of the data that is held out.
         cache: Folder of prepared data, shared by all runs.
         progress: Called with (what is done, done, total) while data is prepared; None says nothing.
-        dry: Only looks whether the data is there; nothing is read through or written, None comes back.
+        dry: Only looks whether the data is there; nothing is read through or written, and what is known of
+            the samples without that comes back, a `DataSpec`.
     """
 
     tokenizer: Callable[[Iterator[str]], Any]
@@ -70,10 +83,12 @@ class Data:
         spec: What the model must know.
         train: Samples to learn from.
         val: Samples held out.
-        tokenizer: Turns text into tokens and back.
+        tokenizer: Turns text into tokens and back; None where there is no text.
         fingerprint: SHA-256 of content and preparation: equal only where every token is equal.
-        facts: What a person wants to know of the data, in words and numbers.
-        baseline: Name and loss (nats per token) of a guess that a model has to beat.
+        words: What a person wants to know of the data, in one sentence.
+        facts: The same as numbers.
+        baseline: What a guess goes by, and its metrics: what a model has to beat.
+        test: Samples that are looked at once, after training; None where there are none.
     """
 
     spec: DataSpec
@@ -81,8 +96,10 @@ class Data:
     val: Samples
     tokenizer: Any
     fingerprint: str
+    words: str
     facts: dict[str, Any]
-    baseline: tuple[str, float]
+    baseline: tuple[str, dict[str, float]]
+    test: Samples | None = None
 
 
 class Samples(Protocol):
@@ -93,7 +110,7 @@ class Samples(Protocol):
         ...
 
     def take(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets and mask of the named samples, each (B, T)."""
+        """Inputs, targets and mask of the named samples, stacked."""
         ...
 
 

@@ -14,7 +14,7 @@ from llmtrain.config import COMMANDS, SECTIONS, Sample, check, knobs_of, read
 from llmtrain.knobs import Misfit
 from llmtrain.run import part_misfits
 from llmtrain.tokenizer import byte
-from llmtrain.topics import options
+from llmtrain.topics import option_values, options
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_OPTION = [(group, option) for group in GROUPS for option in options(group)]
@@ -60,7 +60,7 @@ def misfits_of(job: Composed) -> list[Misfit]:
 
 @pytest.mark.parametrize(("group", "option"), EVERY_OPTION)
 def test_every_option_gives_exactly_the_knobs_of_a_part(group: str, option: str):
-    assert faults(group, yaml_of(f"{group}/{option}.yaml")) == []
+    assert faults(group, option_values(group, option)) == []
 
 
 def test_an_option_that_does_not_fit_its_part_is_caught():
@@ -73,7 +73,7 @@ def test_an_option_that_does_not_fit_its_part_is_caught():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_part_has_an_option(group: str):
-    named = {yaml_of(f"{group}/{option}.yaml")["name"] for option in options(group)}
+    named = {option_values(group, option)["name"] for option in options(group)}
     assert named == set(parts(group))
 
 

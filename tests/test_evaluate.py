@@ -24,7 +24,7 @@ from llmtrain.tokenizer import byte
 from llmtrain.types import Data
 
 CPU = torch.device("cpu")
-PLAIN = partial(cross_entropy, temperature=1.0, label_smoothing=0.0)
+PLAIN = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
 
 
 @pytest.fixture(scope="module")

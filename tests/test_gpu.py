@@ -16,7 +16,7 @@ from llmtrain.generate import tokens
 from llmtrain.init import gpt2
 from llmtrain.loop import fit
 from llmtrain.losses import cross_entropy
-from llmtrain.models.decoder import gpt
+from llmtrain.models.transformer import transformer
 from llmtrain.optim.adaptive import adam
 from llmtrain.optim.groups import param_groups
 from llmtrain.run import _compiled, summed
@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda")
 AMPERE = torch.cuda.get_device_capability() >= (8, 0)
 needs_ampere = pytest.mark.skipif(not AMPERE, reason="needs an NVIDIA GPU from Ampere on")
 VOCAB = 256
-CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0)
+CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
 FP16 = {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
 
@@ -51,7 +51,7 @@ def make_nano(**knobs):
     """gpt_nano, its weights drawn on the CPU, so that they are the same on every device."""
     knobs = preset("gpt_nano") | knobs
     torch.manual_seed(0)
-    model = gpt(DataSpec(vocab=VOCAB, context=knobs["context"]), **knobs)
+    model = transformer(DataSpec(vocab=VOCAB, context=knobs["context"]), **knobs)
     gpt2(model, std=0.02)
     return model.to(DEVICE)
 

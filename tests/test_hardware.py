@@ -13,7 +13,7 @@ from toy import CPU, KNOBS, make_gpt, preset
 
 from llmtrain import hardware
 from llmtrain.knobs import ConfigError
-from llmtrain.models.decoder import gpt
+from llmtrain.models.transformer import transformer
 from llmtrain.types import DataSpec
 
 # Device
@@ -76,7 +76,7 @@ def test_flops_of_the_presets_follow_the_formula(name):
     knobs, vocab = preset(name), 50257
     tokens = knobs["context"]
     with torch.device("meta"):
-        model = gpt(DataSpec(vocab=vocab, context=tokens), **knobs)
+        model = transformer(DataSpec(vocab=vocab, context=tokens), **knobs)
         counted = hardware.count_flops(model, torch.zeros(1, tokens, dtype=torch.long))
     assert counted == pytest.approx(matmul_flops(knobs, vocab, tokens), rel=0.01)
 
@@ -98,7 +98,7 @@ def test_counting_leaves_no_trace():
     expected = torch.rand(3)
     torch.manual_seed(1)
     with torch.device("meta"):
-        model = gpt(DataSpec(vocab=11, context=8), **KNOBS | {"dropout": 0.5})
+        model = transformer(DataSpec(vocab=11, context=8), **KNOBS | {"dropout": 0.5})
         assert hardware.count_flops(model, torch.zeros(1, 8, dtype=torch.long)) > 0
     assert torch.equal(torch.rand(3), expected)
 

@@ -8,63 +8,46 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from llmtrain.build import choose
 from llmtrain.checkpoint import TrainState
-from llmtrain.compose import config_folder
 from llmtrain.config import Train
 from llmtrain.data.loader import Loader
 from llmtrain.data.tokens import Windows
 from llmtrain.init import gpt2
 from llmtrain.loop import Job, Length
 from llmtrain.losses import cross_entropy
-from llmtrain.models.decoder import GPT, gpt
+from llmtrain.models.transformer import Transformer, transformer
 from llmtrain.optim.groups import param_groups, weights_of
 from llmtrain.precision import fp32
 from llmtrain.regularization import shrinkage
 from llmtrain.run import summed
 from llmtrain.schedules import constant
+from llmtrain.topics import option_values
 from llmtrain.types import DataSpec
 
 torch.set_num_threads(1)  # tensors are so small that a second thread only costs
 
 CPU = torch.device("cpu")
-KNOBS: dict[str, Any] = {
-    "layers": 2,
-    "width": 16,
-    "heads": 2,
-    "head_dim": None,
-    "ffn_width": None,
-    "context": 8,
-    "activation": "gelu_tanh",
-    "norm": "layernorm",
-    "norm_eps": 1e-5,
-    "position": "learned",
-    "rope_base": 10000.0,
-    "dropout": 0.0,
-    "bias": True,
-    "tied_embeddings": True,
-    "vocab_multiple": 1,
-}
+def preset(name: str, group: str = "model") -> dict[str, Any]:
+    """The knobs of a preset, read from its YAML file and checked against the part's signature."""
+    choice, misfits = choose(group, option_values(group, name))
+    assert choice is not None and not misfits, misfits
+    return dict(choice.values)
 
 
-def make_gpt(vocab: int = 11, seed: int = 0, std: float = 0.02, **knobs: Any) -> GPT:
+SMALL = {"layers": 2, "width": 16, "heads": 2, "context": 8, "vocab_multiple": 1}
+KNOBS: dict[str, Any] = preset("transformer") | SMALL
+
+
+def make_gpt(vocab: int = 11, seed: int = 0, std: float = 0.02, **knobs: Any) -> Transformer:
     """A small GPT with GPT-2's initialization."""
     knobs = KNOBS | knobs
     torch.manual_seed(seed)
-    model = gpt(DataSpec(vocab=vocab, context=knobs["context"]), **knobs)
+    model = transformer(DataSpec(vocab=vocab, context=knobs["context"]), **knobs)
     gpt2(model, std=std)
     return model
-
-
-def preset(name: str, group: str = "model") -> dict[str, Any]:
-    """The knobs of a preset, read from its YAML file and checked against the part's signature."""
-    values = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
-    choice, misfits = choose(group, values)
-    assert choice is not None and not misfits, misfits
-    return dict(choice.values)
 
 
 def make_windows(tokens: int = 201, context: int = 8, vocab: int = 11, seed: int = 0) -> Windows:
@@ -146,7 +129,7 @@ def make_job(
             device=device,
             limit=length.samples,
         ),
-        "loss": loss or summed(state.model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0)),
+        "loss": loss or summed(state.model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)),
         "evaluate": lambda: {"val_loss": 1.0},
         "save": lambda state: None,
         "watcher": Recorder(),
@@ -159,6 +142,6 @@ def make_job(
         "eval_every": 10**9,
         "save_every": None,
         "save_best": False,
-        "tokens_per_step": train.batch_size * windows.context,
+        "amount_per_step": train.batch_size * windows.context,
     }
     return Job(**(plain | given))

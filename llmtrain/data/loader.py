@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ class Loader:
         seed: Start of the shuffling.
         device: Where batches go.
         limit: Samples after which all is masked out; shapes stay the same to the end. None is no limit.
+        vary: Makes the question of the samples and a key (seed, epoch, index) for each; None takes them as they
+            are.
         rank: This process's number.
         world: Number of processes.
     """
@@ -45,28 +48,36 @@ class Loader:
         seed: int,
         device: torch.device,
         limit: int | None = None,
+        vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
         rank: int = 0,
         world: int = 1,
     ):
         self.samples, self.batch_size, self.accumulate = samples, batch_size, accumulate
         self.seed, self.device, self.limit = seed, device, limit
-        self.rank, self.world = rank, world
+        self.vary, self.rank, self.world = vary, rank, world
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def sample(self, position: int) -> int:
         """The sample at a position of the endless stream of epochs."""
+        return self.key(position)[-1]
+
+    def key(self, position: int) -> tuple[int, int, int]:
+        """Seed, epoch and sample at a position of the endless stream of epochs."""
         epoch, index = divmod(position, len(self.samples))
         if epoch != self._epoch:
             self._epoch = epoch
             self._permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
-        return int(self._permutation[index])
+        return self.seed, epoch, int(self._permutation[index])
 
     def step(self, number: int) -> Step:
         """The batch of a number (0 is the first), its copy to the device under way."""
         share = self.batch_size // self.world
         first = number * self.batch_size + self.rank * share
         positions = range(first, first + share)
-        inputs, targets, mask = self.samples.take([self.sample(p) for p in positions])
+        keys = [self.key(p) for p in positions]
+        inputs, targets, mask = self.samples.take([index for _, _, index in keys])
+        if self.vary is not None:
+            inputs, targets, mask = self.vary(inputs, targets, mask, keys)
         if self.limit is not None:
             mask[[p >= self.limit for p in positions]] = False
         batch = to_device(inputs, targets, mask, self.device)

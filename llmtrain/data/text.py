@@ -13,12 +13,12 @@ from typing import Literal
 from llmtrain.data.corpus import Document, from_file, from_text, split_by_file, split_tails
 from llmtrain.data.tokens import prepare
 from llmtrain.knobs import ConfigError, Count, Misfit, UserError
-from llmtrain.types import Data, Setup
+from llmtrain.types import Data, DataSpec, Setup
 
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
 
-def stdlib(setup: Setup, *, context: Count) -> Data | None:
+def stdlib(setup: Setup, *, context: Count) -> Data | DataSpec:
     """The running Python's standard library and the topics of its documentation: about 12 MB, no download.
 
     Tests and installed packages are left out. The split is by file. It differs between Python versions;
@@ -51,7 +51,7 @@ def _topics() -> list[Document]:
     return [from_text(f"pydoc_data/topics/{name}", text) for name, text in sorted(topics.items())]
 
 
-def text(setup: Setup, *, path: str, context: Count, split: Literal["auto", "file", "tail"]) -> Data | None:
+def text(setup: Setup, *, path: str, context: Count, split: Literal["auto", "file", "tail"]) -> Data | DataSpec:
     """Your own text: UTF-8, line ends LF or CRLF, of any size.
 
     Args:
@@ -71,7 +71,7 @@ def text(setup: Setup, *, path: str, context: Count, split: Literal["auto", "fil
     if not documents:
         raise UserError(f"{path}: is empty" if len(files) == 1 else f"{path}: all {len(files)} files are empty")
     if setup.dry:
-        return None  # splitting reads the files
+        return DataSpec(context=context)  # splitting reads the files
     by_file = split == "file" or (split == "auto" and len(documents) >= 50)
     train, val = (split_by_file if by_file else split_tails)(documents, setup.val_fraction)
     if not train or not val:

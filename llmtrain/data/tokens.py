@@ -18,8 +18,9 @@ import numpy as np
 from llmtrain.data.corpus import PIECE, Document, content_hash
 from llmtrain.knobs import UserError
 from llmtrain.types import Data, DataSpec, Setup
+from llmtrain.words import short
 
-_FORMAT = 3  # raise it when the files below change their meaning
+_FORMAT = 4  # raise it when the files below change their meaning
 
 
 class Windows:
@@ -46,14 +47,14 @@ class Windows:
         return rows[:, :-1], rows[:, 1:], mask
 
 
-def prepare(setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str) -> Data | None:
-    """Tokenizes documents, or finds them tokenized; a dry setup gets None at once.
+def prepare(setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str) -> Data | DataSpec:
+    """Tokenizes documents, or finds them tokenized; a dry setup gets at once what is known without that.
 
     Raises:
         UserError: If a document cannot be read as text, or there are fewer tokens than one sample takes.
     """
     if setup.dry:
-        return None
+        return DataSpec(context=context)
     content = content_hash([*train, *val], setup.progress)
     key = _hash({"format": _FORMAT, "content": content, "tokenizer": setup.tokenizer_key, "train": len(train)})
     folder = setup.cache / "tokens" / key
@@ -91,6 +92,7 @@ def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], 
             "val_tokens": int(val_counts.sum()),
             "bytes": total,
             "unigram": _unigram(train_counts, val_counts),
+            "commonest": float(val_counts[train_counts.argmax()] / max(val_counts.sum(), 1)),
             "val_bytes": float((val_counts * tokenizer.bytes_per_token()).sum()),
         }
         with (work / "meta.json").open("w") as file:
@@ -155,6 +157,17 @@ def _unigram(train: np.ndarray, val: np.ndarray) -> float:
     return float(-(val * log_p).sum() / max(val.sum(), 1))
 
 
+def _guess(meta: dict[str, Any]) -> dict[str, float]:
+    """Metrics of guessing by frequency, in the words of every task on text."""
+    loss = meta["unigram"]
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss * meta["val_tokens"] / math.log(2) / meta["val_bytes"],
+        "accuracy": meta["commonest"],
+    }
+
+
 def _open(setup: Setup, folder: Path, key: str, content: str, context: int, about: str) -> Data:
     meta = json.loads((folder / "meta.json").read_text())
     dtype = np.dtype(meta["dtype"])
@@ -165,20 +178,24 @@ def _open(setup: Setup, folder: Path, key: str, content: str, context: int, abou
                 f" ({context + 1}); lower data.context or give more text"
             )
     tokens = {side: np.memmap(folder / f"{side}.bin", dtype=dtype, mode="r") for side in ("train", "val")}
+    per_token = meta["bytes"] / (meta["train_tokens"] + meta["val_tokens"])
     return Data(
         spec=DataSpec(vocab=meta["vocab"], context=context),
         train=Windows(tokens["train"], context),
         val=Windows(tokens["val"], context),
         tokenizer=setup.read_tokenizer(folder / "tokenizer.json"),
         fingerprint=key,
+        words=(
+            f"{about}: {short(meta['train_tokens'])} tokens to learn from, {short(meta['val_tokens'])} held out, "
+            f"vocabulary {meta['vocab']}, {per_token:.2f} bytes per token, SHA-256 {content[:16]}"
+        ),
         facts={
             "about": about,
             "sha256": content,
             "bytes": meta["bytes"],
             "train_tokens": meta["train_tokens"],
             "val_tokens": meta["val_tokens"],
-            "baseline_bits_per_byte": meta["unigram"] * meta["val_tokens"] / math.log(2) / meta["val_bytes"],
-            "bytes_per_token": meta["bytes"] / (meta["train_tokens"] + meta["val_tokens"]),
+            "bytes_per_token": per_token,
         },
-        baseline=("unigram", meta["unigram"]),
+        baseline=("unigram frequencies", _guess(meta)),
     )

@@ -1,7 +1,11 @@
-"""Layers that architectures are made of. Shapes: B batch, T tokens, C width, H heads, D head_dim."""
+"""Layers that architectures are made of.
+
+Shapes: B batch, T tokens, S tokens that can be seen, C width, H heads, K key/value heads, D head_dim, V value_dim.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,29 +13,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+"""Gated activations (Shazeer 2020, arXiv:2002.05202) and what is applied to the gate."""
+
+_SHORT = 512
+"""Tokens up to which attention in bfloat16 on a CPU is faster through plain products (docs/performance.md)."""
 
 
-def make_norm(kind: str, width: int, eps: float, bias: bool) -> nn.Module:
-    """A normalization over the last dimension: `layernorm` (Ba et al. 2016) or `rmsnorm` (Zhang & Sennrich 2019)."""
-    return nn.RMSNorm(width, eps=eps) if kind == "rmsnorm" else nn.LayerNorm(width, eps=eps, bias=bias)
+class BatchNorm(nn.BatchNorm1d):
+    """Normalizes each channel over batch and tokens (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., C) -> (..., C)."""
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def make_norm(kind: str, width: int, eps: float, bias: bool, momentum: float = 0.1) -> nn.Module:
+    """A normalization over the last dimension.
+
+    `layernorm` (Ba et al. 2016, arXiv:1607.06450), `rmsnorm` (Zhang & Sennrich 2019, arXiv:1910.07467),
+    `batchnorm`, or `none`.
+    """
+    if kind == "rmsnorm":
+        return nn.RMSNorm(width, eps=eps)
+    if kind == "batchnorm":
+        return BatchNorm(width, eps=eps, momentum=momentum)
+    return nn.LayerNorm(width, eps=eps, bias=bias) if kind == "layernorm" else nn.Identity()
 
 
 class Cache:
     """Keys and values of the tokens that one attention layer has seen, so that each is computed once."""
 
-    def __init__(self, batch: int, heads: int, context: int, head_dim: int, like: Tensor):
-        self.keys = like.new_empty(batch, heads, context, head_dim)
-        self.values = torch.empty_like(self.keys)
+    def __init__(self, batch: int, kv_heads: int, context: int, head_dim: int, value_dim: int, like: Tensor):
+        self.keys = like.new_empty(batch, kv_heads, context, head_dim)
+        self.values = like.new_empty(batch, kv_heads, context, value_dim)
         self.length = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (B, H, T, D) keys and values; returns those of all tokens so far."""
+        """Adds (B, K, T, D) keys and (B, K, T, V) values; returns those of all tokens so far."""
         end = self.length + keys.size(2)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -39,54 +66,170 @@ class Cache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def rotary_angles(context: int, head_dim: int, base: float) -> Tensor:
-    """Angles (context, D/2) of rotary position embeddings, m * base^(-2i/D) (Su et al. 2021, arXiv:2104.09864)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return torch.outer(torch.arange(context, dtype=torch.float64), frequencies)
+def rotary_angles(context: int, dims: int, base: float, scaling: float = 1.0) -> Tensor:
+    """Angles (context, dims/2) of rotary positions, m / scaling * base^(-2i/dims) (Su et al. 2021, arXiv:2104.09864)."""
+    frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    return torch.outer(torch.arange(context, dtype=torch.float64) / scaling, frequencies)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_{i+D/2}) of x (B, H, T, D) by the angles given as cos and sin (T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    """Turns the pairs (x_i, x_{i+R/2}) of the first R dimensions of x (B, H, T, D) by angles given as (T, R/2)."""
+    rotated = 2 * cos.size(-1)
+    a, b, rest = x.split((rotated // 2, rotated // 2, x.size(-1) - rotated), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).type_as(x)
+
+
+def sinusoids(context: int, dims: int, base: float) -> Tensor:
+    """(context, dims) fixed position vectors: sines at even, cosines at odd dimensions (Vaswani et al. 2017)."""
+    angles = rotary_angles(context, dims + dims % 2, base)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :dims]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """(heads,) penalties per token of distance (Press et al. 2022, arXiv:2108.12409)."""
+    power = 1 << int(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]  # halfway, where heads is no power of 2
+    return torch.tensor(slopes + between)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0, softcap: float | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Args:
+        q: (B, H, T, D) queries.
+        k: (B, H, S, D) keys.
+        v: (B, H, S, V) values.
+        mask: Broadcastable to (B, H, T, S): true where a key is seen, or numbers to add to the scores.
+        causal: Without a mask: each token sees itself and those before it.
+        dropout: Share of the weights set to zero.
+        softcap: Bounds scores smoothly to +-softcap, softcap * tanh(scores / softcap).
+
+    Returns:
+        (B, H, T, V).
+    """
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and k.size(2) <= _SHORT
+    if softcap is None and not short:
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    if causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        mask = q.new_zeros(())
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    return _by_products(q, k, v, mask.to(q.dtype), dropout, softcap)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, softcap: float | None) -> Tensor:
+    """Attention step by step, which takes memory for all scores (B, H, T, S)."""
+    B, H, T, D = q.shape
+    q, k, v = (t.reshape(B * H, t.size(2), t.size(3)) for t in (q, k, v))
+    bias = bias.expand(B, H, T, k.size(1)).reshape(B * H, T, k.size(1)) if bias.dim() > 2 else bias
+    with torch.autocast(q.device.type, enabled=False):
+        if softcap is None:
+            scores = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5)
+        else:
+            scores = softcap * torch.tanh(torch.bmm(q, k.mT) * (D**-0.5 / softcap)) + bias
+        weights = F.dropout(scores.softmax(-1), dropout)
+        return torch.bmm(weights, v).view(B, H, T, -1)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, arXiv:1706.03762)."""
+    """Multi-head self-attention; several heads of queries may share one of keys and values.
 
-    def __init__(self, width: int, heads: int, head_dim: int, bias: bool, dropout: float):
+    Args:
+        width: C.
+        heads: H.
+        kv_heads: K, which divides H (Ainslie et al. 2023, arXiv:2305.13245).
+        head_dim: D of queries and keys.
+        value_dim: V of values.
+        qkv_bias: Whether queries, keys and values have biases.
+        bias: Whether the output has one.
+        dropout: Of the attention weights, in training.
+        norm_eps: Of an RMS norm over each query and key (Henry et al. 2020, arXiv:2010.04245); None has none.
+        softcap: Bound of the scores, or None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        qkv_bias: bool,
+        bias: bool,
+        dropout: float,
+        norm_eps: float | None,
+        softcap: float | None,
+    ):
         super().__init__()
-        self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
-        self.qkv = nn.Linear(width, 3 * heads * head_dim, bias=bias)
-        self.out = nn.Linear(heads * head_dim, width, bias=bias)
+        self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim
+        self.dropout, self.softcap = dropout, softcap
+        self.qkv = nn.Linear(width, heads * head_dim + kv_heads * (head_dim + value_dim), bias=qkv_bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
+        self.out = nn.Linear(heads * value_dim, width, bias=bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = True,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """X (B, T, C) -> (B, T, C); with a cache, x holds only the tokens that are new to it."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        H, K, D, V = self.heads, self.kv_heads, self.head_dim, self.value_dim
+        q, k, v = self.qkv(x).split((H * D, K * D, K * V), dim=-1)
+        q = self.q_norm(q.view(B, T, H, D).transpose(1, 2))
+        k = self.k_norm(k.view(B, T, K, D).transpose(1, 2))
+        v = v.view(B, T, K, V).transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        mask = None
         if cache is not None:
-            seen = cache.length
             k, v = cache.extend(k, v)
-            if seen and T > 1:  # new token t sees all old tokens and the new ones up to itself
-                mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)
+        if K != H:
+            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q.type_as(v), k.type_as(v), v, mask, causal, dropout, self.softcap)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * V))
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between."""
+    """Two linear layers with an activation between, or a gated one: activation(gate) * up."""
 
     def __init__(self, width: int, hidden: int, activation: str, bias: bool):
         super().__init__()
-        self.up = nn.Linear(width, hidden, bias=bias)
+        self.gated = activation in GATES
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)  # gated: gate first, then up
         self.down = nn.Linear(hidden, width, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[GATES.get(activation, activation)]
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, T, C) -> (B, T, C)."""
-        return self.down(self.activation(self.up(x)))
+        x = self.up(x)
+        if not self.gated:
+            return self.down(self.activation(x))
+        gate, up = x.chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leaves a branch out for some samples, in training (Huang et al. 2016, arXiv:1603.09382)."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, T, C) -> (B, T, C); what stays is scaled up so that the mean does not change."""
+        if not self.training or not self.share:
+            return x
+        kept = torch.rand(x.size(0), 1, 1, device=x.device) >= self.share
+        return x * (kept / (1 - self.share)).type_as(x)

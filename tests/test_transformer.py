@@ -11,7 +11,7 @@ from toy import KNOBS, make_gpt, preset
 from llmtrain.compose import compose_jobs, prepare
 from llmtrain.config import check
 from llmtrain.knobs import ConfigError
-from llmtrain.models.decoder import GPT, count_parameters, gpt
+from llmtrain.models.transformer import Transformer, count_parameters, transformer
 from llmtrain.models.layers import ACTIVATIONS, Cache, make_norm, rotary_angles, rotate
 from llmtrain.types import DataSpec
 
@@ -24,9 +24,9 @@ SIZES = {
 }
 
 
-def on_meta(knobs: dict, vocab: int = GPT2_VOCAB) -> GPT:
+def on_meta(knobs: dict, vocab: int = GPT2_VOCAB) -> Transformer:
     with torch.device("meta"):
-        return gpt(DataSpec(vocab=vocab, context=knobs["context"]), **knobs)
+        return transformer(DataSpec(vocab=vocab, context=knobs["context"]), **knobs)
 
 
 def raw_count(model: torch.nn.Module) -> int:
@@ -42,7 +42,7 @@ def test_gpt2_presets_have_gpt2s_parameters(name):
     padded = on_meta(knobs)
     assert raw_count(on_meta(knobs | {"vocab_multiple": 1})) == SIZES[name][0]
     assert count_parameters(padded) == SIZES[name][0]
-    rows = padded.tokens.weight.shape[0]
+    rows = padded.embedding.tokens.weight.shape[0]
     assert rows % 128 == 0 and 0 < rows - GPT2_VOCAB < 128
     assert raw_count(padded) == SIZES[name][0] + (rows - GPT2_VOCAB) * knobs["width"]
 
@@ -96,8 +96,8 @@ def test_head_dim_and_ffn_width_may_differ_from_the_usual():
 
 def gpt2_names(layers: int):
     """Ours and theirs, and whether theirs is transposed (Conv1D)."""
-    yield "tokens.weight", "transformer.wte.weight", False
-    yield "positions.weight", "transformer.wpe.weight", False
+    yield "embedding.tokens.weight", "transformer.wte.weight", False
+    yield "embedding.positions.weight", "transformer.wpe.weight", False
     for i in range(layers):
         for ours, theirs, transposed in (
             ("norm1", "ln_1", False),
@@ -190,7 +190,7 @@ def test_rope_model_equals_transformers_gpt_neox():
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * 0.25)
-        state = {"tokens.weight": theirs.gpt_neox.embed_in.weight, "head.weight": theirs.get_output_embeddings().weight}
+        state = {"embedding.tokens.weight": theirs.gpt_neox.embed_in.weight, "output.linear.weight": theirs.get_output_embeddings().weight}
         for kind in ("weight", "bias"):
             state[f"norm.{kind}"] = getattr(theirs.gpt_neox.final_layer_norm, kind)
             for i, layer in enumerate(theirs.gpt_neox.layers):
@@ -221,6 +221,8 @@ def test_activations_equal_their_formulas():
         "relu": (x + x.abs()) / 2,
         "relu2": ((x + x.abs()) / 2) ** 2,
         "silu": x / (1 + torch.exp(-x)),
+        "sigmoid": 1 / (1 + torch.exp(-x)),
+        "tanh": (torch.exp(x) - torch.exp(-x)) / (torch.exp(x) + torch.exp(-x)),
     }
     assert set(formulas) == set(ACTIVATIONS)
     for name, expected in formulas.items():
@@ -246,7 +248,7 @@ def test_norms_equal_their_formulas(bias):
     torch.testing.assert_close(root(x), x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * root.weight)
 
 
-def attention_by_hand(model: GPT, x: torch.Tensor) -> torch.Tensor:
+def attention_by_hand(model: Transformer, x: torch.Tensor) -> torch.Tensor:
     """The first block's attention, head by head and row by row."""
     attention = model.blocks[0].attention
     B, T, _ = x.shape
@@ -264,7 +266,7 @@ def attention_by_hand(model: GPT, x: torch.Tensor) -> torch.Tensor:
 def test_attention_equals_its_formula():
     model = make_gpt(std=0.5, heads=2).double()
     x = torch.randn(2, 6, 16, dtype=torch.float64)
-    got = model.blocks[0].attention(x, None, None)
+    got = model.blocks[0].attention(x)
     torch.testing.assert_close(got, attention_by_hand(model, x), atol=1e-12, rtol=1e-10)
 
 
@@ -311,7 +313,7 @@ def test_rotation_keeps_norms_and_only_distance_matters():
 
 def test_rope_buffers_are_no_state():
     model = make_gpt(position="rope")
-    assert model.positions is None
+    assert model.embedding.positions is None
     assert not any("cos" in name or "sin" in name for name in model.state_dict())
 
 
@@ -354,7 +356,7 @@ def test_no_token_sees_what_comes_after_it_and_a_step_lowers_the_loss(position, 
     assert F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()) < before
     named = [n for n, _ in model.named_parameters()]
     assert any(n.endswith("bias") for n in named) == bias
-    assert ("head.weight" in named) == (not tied)
+    assert ("output.linear.weight" in named) == (not tied)
 
 
 # Padding the vocabulary
@@ -364,7 +366,7 @@ def test_no_token_sees_what_comes_after_it_and_a_step_lowers_the_loss(position, 
 def test_a_padded_vocabulary_changes_nothing(tied):
     plain = make_gpt(tied_embeddings=tied, std=0.3).double()
     padded = make_gpt(tied_embeddings=tied, vocab_multiple=64, std=0.3, seed=1).double()
-    rows = ("tokens.weight", "head.weight")
+    rows = ("embedding.tokens.weight", "output.linear.weight")
     state = padded.state_dict()
     for name, value in plain.state_dict().items():
         if name in rows:
@@ -409,7 +411,7 @@ def test_cached_logits_equal_uncached_ones(position, chunks):
 
 
 def test_a_cache_takes_the_weights_format_and_returns_only_what_it_holds():
-    cache = Cache(2, 3, 5, 4, torch.zeros(1, dtype=torch.float64))
+    cache = Cache(2, 3, 5, 4, 4, torch.zeros(1, dtype=torch.float64))
     first, second = torch.randn(2, 2, 3, 2, 4, dtype=torch.float64)
     keys, values = cache.extend(first, second)
     assert torch.equal(keys, first) and torch.equal(values, second)
@@ -439,9 +441,9 @@ def test_dropout_acts_at_each_of_its_places():
     block = model.blocks[0]
     tokens = torch.randint(0, 11, (2, 8))
     x = torch.randn(2, 8, 16)
-    assert not torch.equal(block.attention(x, None, None), block.attention(x, None, None))
+    assert not torch.equal(block.attention(x), block.attention(x))
     block.attention.dropout = 0.0
-    torch.testing.assert_close(block.attention(x, None, None), block.attention(x, None, None))
+    torch.testing.assert_close(block.attention(x), block.attention(x))
     model.dropout.p = 0.0
     for silent in (block.ffn.down, block.attention.out):  # the end of one branch, then that of the other
         kept = {name: value.clone() for name, value in silent.state_dict().items()}
@@ -470,16 +472,16 @@ def test_dropout_acts_at_each_of_its_places():
 )
 def test_misfits_name_the_knob(knobs, key):
     with pytest.raises(ConfigError) as caught:
-        gpt(DataSpec(vocab=11, context=8), **(KNOBS | knobs))
+        transformer(DataSpec(vocab=11, context=8), **(KNOBS | knobs))
     assert [misfit.key for misfit in caught.value.misfits] == [key]
 
 
 def test_all_misfits_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        gpt(DataSpec(vocab=11, context=9), **(KNOBS | {"width": 17, "context": 8}))
+        transformer(DataSpec(vocab=11, context=9), **(KNOBS | {"width": 17, "context": 8}))
     assert {misfit.key for misfit in caught.value.misfits} == {"heads", "context"}
 
 
 def test_what_fits_is_let_through():
     for knobs in ({"width": 17, "heads": 2, "head_dim": 4}, {"width": 14, "heads": 2}, {"context": 9}):
-        gpt(DataSpec(vocab=11, context=8), **(KNOBS | knobs))
+        transformer(DataSpec(vocab=11, context=8), **(KNOBS | knobs))

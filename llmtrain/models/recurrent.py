@@ -1,0 +1,201 @@
+"""Recurrent networks: a state goes from token to token, so memory and time for one more token never grow.
+
+Elman 1990, "Finding Structure in Time"; Hochreiter & Schmidhuber 1997, "Long Short-Term Memory"; GRU: Cho et al.
+2014, arXiv:1406.1078.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from llmtrain.knobs import Count, Fraction, require
+from llmtrain.models.dense import real, suits
+from llmtrain.types import DataSpec
+
+
+def rnn(
+    data: DataSpec,
+    *,
+    cell: Literal["rnn", "lstm", "gru"],
+    nonlinearity: Literal["tanh", "relu"],
+    layers: Count,
+    width: Count,
+    embedding_width: Count | None,
+    context: Count,
+    bidirectional: bool,
+    bias: bool,
+    dropout: Fraction,
+    tied_embeddings: bool,
+    pooling: Literal["last", "mean", "max"],
+) -> Recurrent:
+    """Recurrent network over tokens: a language model, or one answer for each text.
+
+    Token embedding, recurrent layers, and a linear layer: on the states of all tokens for logits at each token,
+    on their pooled states for an answer to the whole text.
+
+    Args:
+        cell: rnn: one nonlinear layer on input and state (Elman 1990). lstm: gates around a memory that is added
+            to (Hochreiter & Schmidhuber 1997). gru: two gates and no separate memory, three quarters of lstm's
+            parameters (Cho et al. 2014, arXiv:1406.1078).
+        nonlinearity: Of cell=rnn, unused by the others. tanh: bounded. relu: unbounded, for long memories it
+            needs a careful init.
+        layers: Recurrent layers, each on the states of the one below. Raise: more capacity, slower in
+            proportion. Lower: faster, weaker.
+        width: Numbers in the state of one layer and direction. Raise: more memory; parameters and time grow with
+            the square. Lower: smaller and faster.
+        embedding_width: Numbers that stand for one token. Raise: more capacity, larger embedding. Lower: smaller.
+            null takes width.
+        context: Most tokens in one sample, and that gradients go back. Raise: longer memory can be learned,
+            slower steps. Lower: faster, more forgetful.
+        bidirectional: true: a second state goes from the end to the beginning; each token sees the whole text,
+            so it cannot predict the next one. false: each token sees those before it.
+        bias: true: the cells have biases. false: none.
+        dropout: Share of numbers set to zero in training, after the embedding, between the layers and before the
+            output. Raise: less overfitting, slower learning. Lower: the opposite.
+        tied_embeddings: true: the output layer shares the token embedding, fewer parameters (Press & Wolf 2017,
+            arXiv:1608.05859). false: its own. Only for logits at each token.
+        pooling: What answers for a whole text; unused for logits at each token. last: the state after the last
+            token, and of the other direction after the first. mean: the mean of all states. max: the largest
+            of each number.
+
+    Raises:
+        ConfigError: If knobs do not fit together, or the data is no tokens.
+    """
+    embedding, states = embedding_width or width, width * (2 if bidirectional else 1)
+    tied = tied_embeddings and not data.outputs
+    require(
+        name=suits(data, "rnn", "tokens", each_token=True),
+        tied_embeddings=(
+            not tied or embedding == states,
+            tied_embeddings,
+            f"needs embeddings as wide as the states: embedding_width={embedding}, and the states have {states}",
+        ),
+        context=(data.context <= context, context, f"is shorter than the samples: data.context={data.context}"),
+    )
+    cells = make_cells(
+        cell, embedding, width, layers, bidirectional=bidirectional, dropout=dropout, bias=bias, nonlinearity=nonlinearity
+    )
+    if data.outputs:
+        return Classifier(data, cells, dropout, pooling)
+    return (EachToken if bidirectional else LanguageModel)(data, cells, dropout, tied, context)
+
+
+def make_cells(
+    cell: str,
+    inputs: int,
+    width: int,
+    layers: int,
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    bias: bool = True,
+    nonlinearity: str = "tanh",
+) -> nn.RNNBase:
+    """Recurrent layers that take (B, T, inputs)."""
+    kind: Any = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
+    more = {"nonlinearity": nonlinearity} if cell == "rnn" else {}
+    between = dropout if layers > 1 else 0.0
+    return kind(
+        inputs, width, layers, bias=bias, batch_first=True, dropout=between, bidirectional=bidirectional, **more
+    )
+
+
+def run_cells(cells: nn.RNNBase, x: Tensor, mask: Tensor | None, state: Any = None) -> tuple[Tensor, Any]:
+    """States (B, T, directions * width) of x (B, T, C), and what the next tokens go on from.
+
+    Where the mask (B, T) has padding at the end, a second direction begins at each sample's own last token. The
+    states at padding mean nothing.
+    """
+    if mask is None or not cells.bidirectional or x.is_meta:
+        return cells(x, state)
+    packed = pack_padded_sequence(x, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+    states, state = cells(packed, state)
+    return pad_packed_sequence(states, batch_first=True, total_length=x.size(1))[0], state
+
+
+def pool_states(states: Tensor, mask: Tensor | None, pooling: str, directions: int = 1) -> Tensor:
+    """One state (B, C) from those of all tokens (B, T, C), `last`, `mean` or `max`, padding left out."""
+    if mask is None:
+        mask = states.new_ones(states.shape[:2], dtype=torch.bool)
+    if pooling == "max":
+        return states.masked_fill(~mask[..., None], float("-inf")).amax(1)
+    lengths = mask.sum(1)
+    if pooling == "mean":
+        return states.masked_fill(~mask[..., None], 0.0).sum(1) / lengths[:, None]
+    half = states.size(2) // directions
+    last = states[torch.arange(len(states), device=states.device), lengths - 1, :half]
+    return torch.cat((last, states[:, 0, half:]), 1)
+
+
+class State:
+    """What recurrent layers remember of the tokens that they have seen."""
+
+    def __init__(self) -> None:
+        self.length, self.value = 0, None
+
+
+class Recurrent(nn.Module):
+    """Token embedding and recurrent layers.
+
+    Attributes:
+        causal: Whether no token sees those after it.
+    """
+
+    def __init__(self, data: DataSpec, cells: nn.RNNBase, dropout: float):
+        super().__init__()
+        self.pad, self.causal = data.pad, not cells.bidirectional
+        self.tokens = nn.Embedding(data.vocab, cells.input_size)
+        self.cells, self.dropout = cells, nn.Dropout(dropout)
+
+    def states(self, tokens: Tensor, cache: State | None = None) -> Tensor:
+        """Tokens (B, T) -> states (B, T, directions * width)."""
+        x = self.dropout(self.tokens(tokens))
+        states, state = run_cells(self.cells, x, real(tokens, self.pad), cache.value if cache else None)
+        if cache is not None:
+            cache.value, cache.length = state, cache.length + tokens.size(1)
+        return self.dropout(states)
+
+
+class Classifier(Recurrent):
+    """One answer for each text, from its pooled states."""
+
+    def __init__(self, data: DataSpec, cells: nn.RNNBase, dropout: float, pooling: str):
+        super().__init__(data, cells, dropout)
+        self.pooling, self.directions = pooling, 1 if self.causal else 2
+        self.head = nn.Linear(cells.hidden_size * self.directions, data.outputs)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) -> (B, outputs)."""
+        return self.head(pool_states(self.states(tokens), real(tokens, self.pad), self.pooling, self.directions))
+
+
+class EachToken(Recurrent):
+    """Logits at each token.
+
+    Attributes:
+        context: Most tokens at once.
+    """
+
+    def __init__(self, data: DataSpec, cells: nn.RNNBase, dropout: float, tied: bool, context: int):
+        super().__init__(data, cells, dropout)
+        self.context = context
+        width = cells.hidden_size * (1 if self.causal else 2)
+        self.head = None if tied else nn.Linear(width, data.vocab, bias=False)
+
+    def forward(self, tokens: Tensor, caches: list[State] | None = None) -> Tensor:
+        """Tokens (B, T) -> logits (B, T, vocab); with caches, tokens are those after what the caches hold."""
+        head = self.tokens.weight if self.head is None else self.head.weight
+        return F.linear(self.states(tokens, caches[0] if caches else None), head)
+
+
+class LanguageModel(EachToken):
+    """Logits of the next token, which can be generated one at a time."""
+
+    def make_caches(self, batch: int) -> list[State]:
+        """The memory of having seen nothing, one for all layers."""
+        return [State()]
