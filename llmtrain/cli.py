@@ -31,6 +31,18 @@ def _generate(argv: list[str]) -> int:
     return generate(argv)
 
 
+def _export(argv: list[str]) -> int:
+    from llmtrain.commands import export
+
+    return export(argv)
+
+
+def _show(argv: list[str]) -> int:
+    from llmtrain.commands import show
+
+    return show(argv)
+
+
 def _explain(argv: list[str]) -> int:
     from llmtrain.explain import explain
 
@@ -41,6 +53,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a model:               llmtrain train model=gpt_small optim=adam"),
     "eval": (_eval, "measure a trained model:     llmtrain eval run=runs/NAME"),
     "generate": (_generate, 'go on from a text:           llmtrain generate run=runs/NAME prompt="def "'),
+    "export": (_export, "write a model for others:    llmtrain export run=runs/NAME out=FOLDER"),
+    "show": (_show, "layers, FLOPs and memory:    llmtrain show model=bert_large"),
     "explain": (_explain, "what a knob means and does:  llmtrain explain optim.lr"),
 }
 

@@ -1,4 +1,4 @@
-"""What `llmtrain train`, `eval` and `generate` do with their command line: compose, check, run."""
+"""What `llmtrain train`, `show`, `eval`, `generate` and `export` do with their command line: compose, check, run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ from llmtrain.types import Result
 _SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
 _VALUED = ("cfg", "package", "config_name", "config_dir", "info")
 _ONE_OF = ("run", "multirun", "cfg", "info", "shell_completion")
+_SHOW_USAGE = """usage: llmtrain show [GROUP=OPTION ...] [KEY=VALUE ...] [--json]
+
+Layers, parameters, FLOPs and memory of what `llmtrain train` would train with the same words; nothing is allocated.
+
+  llmtrain show model=bert_large                    with the vocabulary of the published model
+  llmtrain show model=gpt_small data=text data.path=corpus.txt train.batch_size=32 precision=bf16
+  llmtrain show schedule=cosine train.steps=1000    also draws the learning rate
+  llmtrain show optim=adamw                         also tells which parameters shrink
+  llmtrain show model=gpt3_175b --json              the same as JSON
+"""
 
 
 def train(argv: list[str]) -> int:
@@ -41,6 +51,27 @@ def train(argv: list[str]) -> int:
     if options.multirun:
         return _sweep(name, options)
     return _train_one(configs[0], jobs[0])
+
+
+def show(argv: list[str]) -> int:
+    """`llmtrain show`: layers, parameters, FLOPs and memory of what `train` would train with the same words."""
+    options = _parse("show", [word for word in argv if word != "--json"])
+    name = options.config_name or "config"
+    if options.shell_completion:
+        return _complete(name, options)
+    if options.help:
+        print(_SHOW_USAGE, end="")
+        return 0
+    if options.multirun:
+        raise ConfigError([Misfit("--multirun", "true", "goes with train; show looks at one run")])
+    job = compose_jobs(name, options.overrides, False)[0]
+    looks = options.cfg or options.info or options.hydra_help
+    config = _check_jobs([job], options.trust, parts=not looks)[0]
+    if looks:
+        return _show(name, options)
+    from llmtrain.show import show as tell
+
+    return tell(config, _origin(job), "--json" in argv)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -63,6 +94,17 @@ def generate(argv: list[str]) -> int:
     from llmtrain.trained import generate_from
 
     return generate_from(settings, options.trust)
+
+
+def export(argv: list[str]) -> int:
+    """`llmtrain export`: a trained model in a form that others read."""
+    options = _parse("export", argv)
+    settings, done = _settings("export", options)
+    if settings is None:
+        return done
+    from llmtrain.trained import export_run
+
+    return export_run(settings, options.trust)
 
 
 def _parse(command: str, argv: list[str]) -> argparse.Namespace:
@@ -143,7 +185,7 @@ def _check_jobs(jobs: list[Composed], trust: Sequence[str], parts: bool = True) 
         config, found = read(job.values, trust)
         configs.append(config)
         if parts:
-            from llmtrain.run import part_misfits  # torch: only now, when a config is at hand
+            from llmtrain.misfits import part_misfits  # torch: only now, when a config is at hand
 
             found = found + part_misfits(config)
         told = {m.key for m in misfits}
@@ -162,9 +204,14 @@ def _shared_names(configs: Sequence[RunConfig]) -> list[Misfit]:
 
 def _train_one(config: RunConfig, job: Composed) -> int:
     from llmtrain.run import train as run_train
+
+    return run_train(config, _origin(job)).exit_code
+
+
+def _origin(job: Composed) -> Any:
     from llmtrain.story import Origin
 
-    return run_train(config, Origin(job.choices, job.overrides)).exit_code
+    return Origin(job.choices, job.overrides)
 
 
 def _sweep(name: str, options: argparse.Namespace) -> int:

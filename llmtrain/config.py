@@ -190,7 +190,26 @@ class Generation(Sample):
     device: Literal["auto", "cpu", "cuda"]
 
 
-COMMANDS: dict[str, type] = {"eval": Evaluation, "generate": Generation}
+@dataclass(frozen=True)
+class Export:
+    """What `llmtrain export` does.
+
+    Args:
+        run: A run's folder, or one of its checkpoints.
+        checkpoint: best: the lowest validation loss. last: the newest. A number: that step.
+        format: hf: what transformers loads: config.json, model.safetensors and the tokenizer. safetensors: weights
+            by our own names, and the knobs as JSON. onnx: a graph for ONNX runtimes. torch: a program for
+            torch.export.load.
+        out: The folder to write, which is not there yet.
+    """
+
+    run: str
+    checkpoint: str
+    format: Literal["hf", "safetensors", "onnx", "torch"]
+    out: str
+
+
+COMMANDS: dict[str, type] = {"eval": Evaluation, "generate": Generation, "export": Export}
 SECTIONS: dict[str, type] = {
     "run": Run,
     "train": Train,
@@ -306,7 +325,7 @@ def _elsewhere(misfit: Misfit, checked: Mapping[str, Any]) -> Misfit:
 
 
 def check_command(command: str, given: Mapping[str, Any]) -> Any:
-    """The checked settings of `llmtrain eval` or `llmtrain generate`.
+    """The checked settings of `llmtrain eval`, `generate` or `export`.
 
     Raises:
         ConfigError: With everything that is wrong with them.

@@ -29,25 +29,25 @@ _NORMS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _NormBase
 _RECURRENT = nn.RNNBase | nn.RNNCellBase
 _MATRICES = nn.Linear | nn.Bilinear | nn.MultiheadAttention | _ConvNd
 
-_WHOLE: dict[str, Any] = {"embedding_std": None, "patterns": {}}
+_WHOLE: dict[str, Any] = {"embedding_std": None, "patterns": None}
 """Knobs that speak of a whole model; an initialization within `patterns` may leave them out."""
 
 _MEAN_SQUARE = {"gelu": 0.42522148, "silu": 0.35577552}
 """The mean of f(z)^2 for z from N(0, 1)."""
 
 
-def default(model: nn.Module, *, patterns: dict) -> None:
+def default(model: nn.Module, *, patterns: dict | None) -> None:
     """Leaves every weight as the architecture, or torch, made it: for linear layers U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     Args:
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
     _initialize(model, patterns, None)
 
 
-def normal(model: nn.Module, *, std: Positive, embedding_std: Positive | None, patterns: dict) -> None:
+def normal(model: nn.Module, *, std: Positive, embedding_std: Positive | None, patterns: dict | None) -> None:
     """Normal weights, N(0, std^2), whatever a layer's size.
 
     Args:
@@ -55,7 +55,7 @@ def normal(model: nn.Module, *, std: Positive, embedding_std: Positive | None, p
             std^2 * fan_in is above 1. Lower: signals that fade with depth where no norm lifts them again.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
@@ -63,7 +63,7 @@ def normal(model: nn.Module, *, std: Positive, embedding_std: Positive | None, p
 
 
 def truncated_normal(
-    model: nn.Module, *, std: Positive, bound: Positive, embedding_std: Positive | None, patterns: dict
+    model: nn.Module, *, std: Positive, bound: Positive, embedding_std: Positive | None, patterns: dict | None
 ) -> None:
     """Normal weights without the tails, as BERT (arXiv:1810.04805) and ViT (arXiv:2010.11929) start.
 
@@ -74,7 +74,7 @@ def truncated_normal(
             Lower: no large weight, closer to uniform.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
@@ -82,7 +82,7 @@ def truncated_normal(
     _initialize(model, patterns, lambda w: nn.init.trunc_normal_(w.tensor, 0.0, std, -limit, limit), embedding_std)
 
 
-def uniform(model: nn.Module, *, bound: Positive, embedding_std: Positive | None, patterns: dict) -> None:
+def uniform(model: nn.Module, *, bound: Positive, embedding_std: Positive | None, patterns: dict | None) -> None:
     """Uniform weights, U(-bound, bound), whatever a layer's size.
 
     Args:
@@ -90,14 +90,14 @@ def uniform(model: nn.Module, *, bound: Positive, embedding_std: Positive | None
             depth. Lower: weaker ones, fading with depth.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
     _initialize(model, patterns, lambda w: nn.init.uniform_(w.tensor, -bound, bound), embedding_std)
 
 
-def xavier_uniform(model: nn.Module, *, gain: Positive, embedding_std: Positive | None, patterns: dict) -> None:
+def xavier_uniform(model: nn.Module, *, gain: Positive, embedding_std: Positive | None, patterns: dict | None) -> None:
     """Uniform weights of variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio 2010).
 
     Keeps signals forward and gradients backward at their size as well as one number can, for linear layers and
@@ -108,14 +108,14 @@ def xavier_uniform(model: nn.Module, *, gain: Positive, embedding_std: Positive 
             depth. Lower: weaker ones, fading with depth.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
     _initialize(model, patterns, lambda w: _uniform(w.tensor, _xavier(w, gain)), embedding_std)
 
 
-def xavier_normal(model: nn.Module, *, gain: Positive, embedding_std: Positive | None, patterns: dict) -> None:
+def xavier_normal(model: nn.Module, *, gain: Positive, embedding_std: Positive | None, patterns: dict | None) -> None:
     """Normal weights of variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio 2010).
 
     Keeps signals forward and gradients backward at their size as well as one number can, for linear layers and
@@ -126,7 +126,7 @@ def xavier_normal(model: nn.Module, *, gain: Positive, embedding_std: Positive |
             depth. Lower: weaker ones, fading with depth.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
@@ -140,7 +140,7 @@ def he_uniform(
     activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "linear"],
     slope: NonNegative,
     embedding_std: Positive | None,
-    patterns: dict,
+    patterns: dict | None,
 ) -> None:
     """Uniform weights of variance gain^2 / fan (Kaiming He et al. 2015, arXiv:1502.01852).
 
@@ -154,7 +154,7 @@ def he_uniform(
         slope: Slope of leaky_relu below zero; the others have none. Raise: smaller weights. Lower: larger ones.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
@@ -169,7 +169,7 @@ def he_normal(
     activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu", "linear"],
     slope: NonNegative,
     embedding_std: Positive | None,
-    patterns: dict,
+    patterns: dict | None,
 ) -> None:
     """Normal weights of variance gain^2 / fan (Kaiming He et al. 2015, arXiv:1502.01852).
 
@@ -183,7 +183,7 @@ def he_normal(
         slope: Slope of leaky_relu below zero; the others have none. Raise: smaller weights. Lower: larger ones.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
@@ -191,7 +191,7 @@ def he_normal(
     _initialize(model, patterns, lambda w: nn.init.normal_(w.tensor, std=_he(w, fan, gain)), embedding_std)
 
 
-def orthogonal(model: nn.Module, *, gain: Positive, embedding_std: Positive | None, patterns: dict) -> None:
+def orthogonal(model: nn.Module, *, gain: Positive, embedding_std: Positive | None, patterns: dict | None) -> None:
     """Orthogonal matrices, all singular values alike (Saxe et al. 2013, arXiv:1312.6120).
 
     No direction grows or fades, however often the matrix is applied: the classic for the weights that take a
@@ -201,14 +201,14 @@ def orthogonal(model: nn.Module, *, gain: Positive, embedding_std: Positive | No
         gain: Every singular value. Raise: stronger signals; above 1 they grow with depth. Lower: they fade.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
     _initialize(model, patterns, lambda w: nn.init.orthogonal_(w.tensor, gain=gain), embedding_std)
 
 
-def gpt2(model: nn.Module, *, std: Positive, patterns: dict = {}) -> None:  # noqa: B006
+def gpt2(model: nn.Module, *, std: Positive, patterns: dict | None) -> None:
     """GPT-2's initialization (Radford et al. 2019): normal weights, zero biases, branches scaled by depth.
 
     Weights are drawn from N(0, std^2); those of layers whose output is added to the residual stream with
@@ -217,23 +217,23 @@ def gpt2(model: nn.Module, *, std: Positive, patterns: dict = {}) -> None:  # no
     Args:
         std: Standard deviation of the weights. Raise: stronger signals at the start, then divergence. Lower:
             a slower start.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
     _initialize(model, patterns, lambda w: nn.init.normal_(w.tensor, std=std / math.sqrt(w.branches or 1)))
 
 
-def zero_residual(model: nn.Module, *, std: Positive, patterns: dict) -> None:
+def zero_residual(model: nn.Module, *, std: Positive, patterns: dict | None) -> None:
     """Each residual branch ends in zeros, so that at the start each block passes on what it is given.
 
     After Zhang et al. 2019 (Fixup, arXiv:1901.09321); signals and gradients reach every depth unchanged. All
-    other weights are drawn from N(0, std^2).
+    other weights are drawn from N(0, std^2); so are all of a model that has no such branches.
 
     Args:
         std: Standard deviation of the other weights. Raise: stronger signals into the branches, faster first
             steps, then divergence. Lower: a slower start.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
     """
@@ -247,14 +247,14 @@ def mup(
     base_width: Count,
     output: Literal["zero", "scaled"],
     embedding_std: Positive | None,
-    patterns: dict,
+    patterns: dict | None,
 ) -> None:
     """Maximal update parametrization: what is tuned on a narrow model holds for wide ones (arXiv:2203.03466).
 
     Yang et al. 2022: hidden matrices are drawn from N(0, std^2 * base_width / fan_in), embeddings from
-    N(0, std^2). The output layer is the last linear one outside the blocks and must not share the embedding's
-    weights. The step size is the other half: Adam's has to fall as 1 / width, as conf/optim/adam.yaml has it
-    (for embeddings too, which muP itself would leave as fast as they are; and attention keeps 1 / sqrt(head_dim)).
+    N(0, std^2). The output layer is the last of all; it must be linear and share its weights with no embedding.
+    The step size is the other half: Adam's has to fall as 1 / width, as conf/optim/adam.yaml has it (for embeddings
+    too, which muP itself would leave as fast as they are; and attention keeps its 1 / sqrt(head_dim)).
 
     Args:
         std: Standard deviation of hidden matrices at base_width, and of embeddings. Raise: stronger signals at
@@ -265,7 +265,7 @@ def mup(
             width.
         embedding_std: Standard deviation of embeddings, which are normal. Raise: tokens further apart at the start.
             Lower: more alike. null draws them like the other weights.
-        patterns: Layers with an initialization of their own: +init.patterns={head:{name:normal,std:0.002}} on the
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
 
@@ -327,9 +327,8 @@ class _Weight:
 
     def gates(self) -> Iterator[_Weight]:
         """The matrices that it consists of: recurrent layers stack those of their gates."""
-        stacked = isinstance(self.module, _RECURRENT) and "weight_hr" not in self.names[0]
-        hidden = self.module.hidden_size if stacked else self.tensor.size(0)
-        return (replace(self, tensor=gate) for gate in self.tensor.detach().split(hidden))
+        rows = self.module.hidden_size if isinstance(self.module, _RECURRENT) else self.tensor.size(0)
+        return (replace(self, tensor=gate) for gate in self.tensor.detach().split(rows))
 
 
 class _Selection(nn.Module):
@@ -342,7 +341,7 @@ class _Selection(nn.Module):
 
 def _initialize(
     model: nn.Module,
-    patterns: Mapping[str, Any],
+    patterns: Mapping[str, Any] | None,
     draw: Callable[[_Weight], object] | None,
     embedding_std: float | None = None,
 ) -> None:
@@ -357,7 +356,7 @@ def _initialize(
     Raises:
         ConfigError: If a pattern matches nothing or says something that cannot be drawn.
     """
-    weights, parts = _divide(_weights(model), patterns)
+    weights, parts = _divide(_weights(model), patterns or {})
     for weight in weights:
         if draw is not None and not weight.tensor.is_meta and weight.tensor.numel():
             _fill(weight, draw, embedding_std)
@@ -429,13 +428,10 @@ def _kind(module: nn.Module, name: str) -> str | None:
 
 
 def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The last linear layer outside the blocks, unless it ends a residual branch."""
-    layers = [
-        module
-        for place, module in model.named_modules()
-        if isinstance(module, nn.Linear | _ConvNd) and "blocks" not in place.split(".")
-    ]
-    return layers[-1] if layers and not hasattr(layers[-1], "residual_branches") else None
+    """The last of all layers, if it is a linear one and does not end a residual branch."""
+    layers = [module for module in model.modules() if _kind(module, "weight") is not None]
+    linear = bool(layers) and isinstance(layers[-1], nn.Linear | _ConvNd)
+    return layers[-1] if linear and not hasattr(layers[-1], "residual_branches") else None
 
 
 def _divide(
@@ -453,27 +449,23 @@ def _divide(
             near = difflib.get_close_matches(str(pattern), places, cutoff=0.0)
             rule = "matches no layer or weight; the nearest are " + ", ".join(near)
             misfits.append(Misfit("patterns", pattern, rule, next(iter(near), None)))
-        try:
-            choices[pattern] = _choose(section)
-        except ConfigError as error:
-            misfits += [m.under(f"patterns.{pattern}") for m in error.misfits]
+        choice, wrong = _choose(section)
+        misfits += [replace(m, key=f"patterns.{pattern}{m.key.removeprefix('init')}") for m in wrong]
+        if choice is not None:
+            choices[pattern] = choice
     if misfits:
         raise ConfigError(misfits)
+    selected = {pattern: [w for w in weights if owner.get(id(w)) == pattern] for pattern in choices}
     rest = [w for w in weights if id(w) not in owner]
-    return rest, [(choices[p], _Selection([w for w in weights if owner.get(id(w)) == p])) for p in patterns]
+    return rest, [(choice, _Selection(selected[pattern])) for pattern, choice in choices.items()]
 
 
-def _choose(section: Any) -> Choice:
-    """The initialization that a pattern's section names.
-
-    Raises:
-        ConfigError: If there is none of that name, or its knobs do not fit; keys are those of the section.
-    """
-    given = section
-    if isinstance(section, dict):
-        part = find("init", section.get("name"))
-        given = {key: value for key, value in _WHOLE.items() if key in part.knobs} | section
-    choice, misfits = choose("init", given)
-    if choice is None or misfits:
-        raise ConfigError(replace(m, key=m.key.removeprefix("init.")) for m in misfits)
-    return choice
+def _choose(section: Any) -> tuple[Choice | None, list[Misfit]]:
+    """The initialization that a pattern's section names, or what is wrong with it, under the key `init`."""
+    if not isinstance(section, dict):
+        return None, [Misfit("init", section, "must be an initialization, such as {name: normal, std: 0.02}")]
+    try:
+        known = find("init", section.get("name")).knobs
+    except ConfigError as error:
+        return None, error.misfits
+    return choose("init", {key: value for key, value in _WHOLE.items() if key in known} | section)

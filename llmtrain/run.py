@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain import checkpoint, folder, hardware
-from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
 from llmtrain.data.loader import Loader
@@ -26,125 +25,25 @@ from llmtrain.display import Screen
 from llmtrain.distributed import rank, world
 from llmtrain.evaluate import evaluate
 from llmtrain.generate import generate
-from llmtrain.knobs import ConfigError, Misfit, UserError
+from llmtrain.knobs import UserError
 from llmtrain.loop import Job, Length, fit
 from llmtrain.optim.groups import param_groups, weights_of
 from llmtrain.precision import Precision
 from llmtrain.regularization import Regularizer
 from llmtrain.stop import Stop
 from llmtrain.story import Origin, Scene, Watcher, conclude, summarize
-from llmtrain.tasks import Task
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import Data, DataSpec, Result, Samples, Setup
 
-_LARGEST_BATCH = 1 << 20
 
-
-def part_misfits(config: RunConfig) -> list[Misfit]:
-    """What only the parts themselves can tell, asked on the meta device: nothing is allocated or written.
-
-    Args:
-        config: A config as `config.read` gives it: what has no good value is None, and is not asked about.
-    """
-    misfits: list[Misfit] = []
-
-    @contextmanager
-    def told(prefix: str = "") -> Iterator[None]:
-        try:
-            yield
-        except ConfigError as error:
-            misfits.extend(m.under(prefix) if prefix else m for m in error.misfits)
-        except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no machine can hold
-            misfits.append(Misfit(prefix, "as given", f"cannot be built: {str(error).splitlines()[0]}"))
-
-    misfits += _sizes(config) + _decays(config)
-    if config.run is not None:
-        with told():
-            folder.check_name(config.run.name)
-            _check_resume(config)
-    if config.train is not None and config.train.device is not None:
-        with told():
-            device = hardware.choose_device(config.train.device)
-            with told("precision"):
-                _ask(config.precision, device)
-    with told("tokenizer"):
-        _ask(config.tokenizer, [])
-    with told("schedule"):
-        _ask(config.schedule, 0, 10)
-    spec, task = DataSpec(), None
-    if config.data is not None and config.tokenizer is not None and config.eval is not None:
-        with told("data"):
-            spec = _provisional(config.data.build(_setup(config)), config)
-    with told("task"):
-        task = _ask(config.task, spec, None)
-    with told("model"), torch.device("meta"):
-        model = _ask(config.model, spec) or nn.Linear(2, 2)
-        misfits += _peeking(task, model)
-        with told("init"):
-            _ask(config.init, model)
-        groups = param_groups(model)
-        with told("optim"):
-            _ask(config.optim, groups)
-        with told("regularization"):
-            _ask(config.regularization, weights_of(groups))
-    return misfits
-
-
-def _ask(choice: Choice | None, *given: Any) -> Any:
-    return choice.build(*given) if choice is not None else None
-
-
-def _sizes(config: RunConfig) -> list[Misfit]:
-    train = config.train
-    if train is None or train.batch_size is None or train.accumulate is None:
-        return []
-    if train.batch_size > _LARGEST_BATCH:
-        return [Misfit("train.batch_size", train.batch_size, f"must be at most {_LARGEST_BATCH}")]
-    if train.batch_size % (train.accumulate * world()) == 0:
-        return []
-    rule = f"must be a multiple of train.accumulate ({train.accumulate})" + (" x devices" if world() > 1 else "")
-    return [Misfit("train.batch_size", train.batch_size, rule)]
-
-
-def _decays(config: RunConfig) -> list[Misfit]:
-    if config.optim is None or config.regularization is None:
-        return []
-    twice = config.optim.values.get("weight_decay") and config.regularization.values.get("weight_decay")
-    rule = "decays weights beside regularization.weight_decay; set one of them to 0"
-    return [Misfit("optim.weight_decay", config.optim.values["weight_decay"], rule)] if twice else []
-
-
-def _check_resume(config: RunConfig) -> None:
-    named = config.run.name is not None
-    if config.resume is None or config.run.dir is None:
-        return
-    if config.resume == "auto" and not named:
-        raise ConfigError([Misfit("resume", "auto", "needs run.name, to know which run to go on with")])
-    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().exists():
-        raise ConfigError([Misfit("resume", config.resume, "must be never, auto, or the path of a run or checkpoint")])
-    if named and config.resume != "auto":
-        place = folder.place(config.run.dir, config.run.name, "")
-        if (place / "config.yaml").exists():
-            rule = f"{place} holds a run already; resume=auto goes on with it, another run.name starts beside it"
-            raise ConfigError([Misfit("run.name", config.run.name, rule)])
-
-
-def _peeking(task: Task | None, model: nn.Module) -> list[Misfit]:
-    """A model that sees later tokens cannot be asked for them."""
-    if task is None or not task.causal or getattr(model, "causal", True):
-        return []
-    rule = "is asked of a model that sees the later tokens already; use task=masked_lm, or a model that looks back only"
-    return [Misfit("task.name", task.name, rule)]
-
-
-def _provisional(spec: DataSpec, config: RunConfig) -> DataSpec:
+def provisional(spec: DataSpec, config: RunConfig) -> DataSpec:
     """What is known of the data before it is read, enough for the rules of a model: the vocabulary is a guess."""
     if spec.shape or spec.vocab:
         return spec
     return replace(spec, vocab=config.tokenizer.values.get("vocab_size", 50257))
 
 
-def _setup(config: RunConfig, roles: Sequence[str] | None = None, progress: Any = None) -> Setup:
+def setup_for(config: RunConfig, roles: Sequence[str] | None = None, progress: Any = None) -> Setup:
     """What the data part is given; `roles` are the special tokens that the task needs. Without, only for a look."""
     key: dict[str, Any] = {"name": config.tokenizer.part.name, "roles": roles, **config.tokenizer.values}
     if roles is not None and isinstance(path := key.get("path"), str):  # the file's content counts, not where it lies
@@ -168,10 +67,10 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     Raises:
         UserError: If the data cannot be used.
     """
-    spec = _provisional(config.data.build(_setup(config)), config)
+    spec = provisional(config.data.build(setup_for(config)), config)
     roles = config.task.build(spec, None).special_tokens
     try:
-        return config.data.build(_setup(config, roles, screen.preparing))
+        return config.data.build(setup_for(config, roles, screen.preparing))
     finally:
         screen.prepared()
 
@@ -219,6 +118,8 @@ def _train_in(
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
         job = _make_job(scene, regularizer, watcher, stop)
         summarize(scene, state)
+        for note in getattr(scene.model, "notes", []):
+            screen.say(note)
         if source is not None:
             screen.say(f"resumed from {source} at step {state.step}" + _changes(record, config))
         status = fit(state, job)
@@ -241,6 +142,8 @@ def _make(
     random.seed(seed)
     model = config.model.build(spec)
     config.init.build(model)
+    if (load := getattr(model, "load_pretrained", None)) is not None:
+        load()
     model.to(device)
     groups = param_groups(model)
     optimizer = config.optim.build(groups)
@@ -265,6 +168,7 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
         world=world(),
     )
     extra = {"fingerprint": data.fingerprint, "config": config.plain(), "batch_size": train.batch_size}
+    extra |= {"spec": asdict(data.spec)}
     return Job(
         loader=loader,
         loss=_compiled(summed(model, config.loss.bind()), model, train.compile),

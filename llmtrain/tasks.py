@@ -37,6 +37,7 @@ class Task:
         metrics: Metrics from the k sums, the number of targets, and the summed weights.
         words: Metrics as a person reads them.
         causal: Whether a model that sees later tokens could cheat.
+        numbers: Whether the targets are numbers; else they are classes or tokens.
         special_tokens: What the tokenizer must have beside text, such as `mask`.
         vary: Makes the question of (inputs, targets, mask) as the data gives them, a pure function of those
             and of a key for each sample, (seed, epoch, index).
@@ -48,9 +49,17 @@ class Task:
     metrics: Callable[[Sequence[float], int, float], dict[str, float]]
     words: Callable[[dict[str, float]], str]
     causal: bool = False
+    numbers: bool = False
     special_tokens: tuple[str, ...] = ()
     vary: Callable[[np.ndarray, np.ndarray, np.ndarray, Sequence[Key]], Arrays] = _as_they_are
     weigh: Callable[[np.ndarray, np.ndarray], float] = _each_alike
+
+
+def blank_targets(task: Task, spec: DataSpec, batch: int = 1) -> Tensor:
+    """Targets of the right shape and type, all zero, on the device in use."""
+    if task.numbers:
+        return torch.zeros(batch, spec.outputs)
+    return torch.zeros((batch,) if spec.outputs else (batch, spec.context), dtype=torch.long)
 
 
 def _nats(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -137,7 +146,8 @@ def masked_lm(
         for row, key in enumerate(keys):
             draw = np.random.default_rng([*key, 15])  # a stream of its own, apart from the order of the data
             asked[row] &= _chosen(inputs[row], asked[row], mask_rate, words_of, draw)
-            fate, random_tokens = draw.random(inputs.shape[1]), draw.integers(0, spec.vocab, inputs.shape[1])
+            fate = draw.random(inputs.shape[1])
+            random_tokens: np.ndarray = draw.integers(0, spec.vocab, inputs.shape[1])
             hidden[row, asked[row] & (fate < mask_share)] = mask_id
             replaced = asked[row] & (fate >= mask_share) & (fate < together)
             hidden[row, replaced] = random_tokens[replaced]
@@ -147,7 +157,8 @@ def masked_lm(
         loss = sums[0] / max(count, 1)
         return {"loss": loss, "perplexity": _perplexity(loss), "accuracy": sums[1] / max(count, 1)}
 
-    return Task("masked_lm", _nats_and_hits, metrics, _loss_and_accuracy("hidden token"), False, ("mask",), vary)
+    words = _loss_and_accuracy("hidden token")
+    return Task("masked_lm", _nats_and_hits, metrics, words, special_tokens=("mask",), vary=vary)
 
 
 def _chosen(
@@ -161,7 +172,7 @@ def _chosen(
     word = np.arange(len(tokens))
     if words_of is not None:  # a token goes on with a word if that word has not ended and this one does not begin one
         begins, ends = words_of
-        word = np.cumsum(np.append(True, begins[tokens[1:]] | ends[tokens[:-1]])) - 1
+        word = np.cumsum(np.concatenate(([True], begins[tokens[1:]] | ends[tokens[:-1]]))) - 1
     lots = draw.random(len(tokens))[word]
     lots[~may] = 2.0
     return lots < max(rate, np.nextafter(lots.min(), 2.0))
@@ -204,7 +215,7 @@ def regression(spec: DataSpec, tokenizer: Any) -> Task:
     def words(metrics: dict[str, float]) -> str:
         return f"root mean squared error {metrics['rmse']:.4g}, mean absolute error {metrics['mae']:.4g}"
 
-    return Task("regression", score, metrics, words)
+    return Task("regression", score, metrics, words, numbers=True)
 
 
 def _loss_and_accuracy(unit: str) -> Callable[[dict[str, float]], str]:

@@ -24,7 +24,13 @@ from llmtrain.knobs import ConfigError, Count, Misfit, require
 
 END_OF_TEXT = "<|endoftext|>"
 _UNKNOWN = "<|unknown|>"
-_ROLES = {"end": (END_OF_TEXT, "</s>", "[SEP]"), "mask": ("<|mask|>", "[MASK]", "<mask>")}  # what ours and others say
+_ROLES = {
+    "end": (END_OF_TEXT, "</s>", "[SEP]"),
+    "mask": ("<|mask|>", "[MASK]", "<mask>"),
+    "pad": ("<|pad|>", "[PAD]", "<pad>"),
+    "begin": ("<|begin|>", "[CLS]", "<s>"),
+}
+"""What each token with a role is called: by us first, then by others."""
 _GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _EACH_CHARACTER: dict[str, Any] = {
     "type": "Split",
@@ -45,6 +51,8 @@ class Tokenizer:
         vocab: Number of ids.
         end: Id of the end of a text, or None where the tokenizer has none.
         mask: Id of the token that hides another, or None.
+        pad: Id of the token that fills short samples up, or None.
+        begin: Id of the token that a sample to be judged as a whole begins with, or None.
     """
 
     def __init__(self, library: tokenizers.Tokenizer):
@@ -53,7 +61,7 @@ class Tokenizer:
         library.encode_special_tokens = True  # their names in a text are text
         self.library = library
         self.vocab = max(library.get_vocab().values(), default=-1) + 1  # ids may have gaps
-        self.end, self.mask = self._id_of("end"), self._id_of("mask")
+        self.end, self.mask, self.pad, self.begin = (self._id_of(role) for role in _ROLES)
         self._settings: dict[str, Any] = json.loads(library.to_str())
         self._encode = self._fast_encoder() or self._encode_slowly
 
@@ -61,7 +69,7 @@ class Tokenizer:
         return next((i for t in _ROLES[role] if (i := self.library.token_to_id(t)) is not None), None)
 
     def with_tokens(self, roles: Sequence[str]) -> Tokenizer:
-        """This tokenizer with a token for each of these roles, such as `mask`; new ones come after all others."""
+        """The same tokenizer with a token for each of these roles, such as `mask`; new ones come after all others."""
         missing = [_ROLES[role][0] for role in roles if self._id_of(role) is None]
         if not missing:
             return self

@@ -1,8 +1,9 @@
-"""A run, opened again: measured on its held-out data, or asked for text."""
+"""A run, opened again: measured on its held-out data, or asked for text, or written for others."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 
 from llmtrain import checkpoint, hardware
-from llmtrain.config import Evaluation, Generation, RunConfig, Sample, check
+from llmtrain.config import Evaluation, Export, Generation, RunConfig, Sample, check
 from llmtrain.display import Screen
 from llmtrain.evaluate import evaluate
+from llmtrain.export import Trained, export
 from llmtrain.folder import read_config, write_json
 from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
@@ -67,7 +69,9 @@ def generate_from(settings: Generation, trust: Sequence[str]) -> int:
     config = _config(folder, trust)
     device = _device(settings.device)
     if config.task.part.name != "causal_lm":
-        raise UserError(f"{folder}: was trained for {config.task.part.name}; only models of causal_lm go on with a text")
+        raise UserError(
+            f"{folder}: was trained for {config.task.part.name}; only models of causal_lm go on with a text"
+        )
     tokenizer = Tokenizer.read(folder / "tokenizer.json")
     spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"])
     model = _model(config, spec, path, device)[0].eval()
@@ -81,6 +85,25 @@ def generate_from(settings: Generation, trust: Sequence[str]) -> int:
         print()
     else:
         print(sample.prompt + "".join(pieces))
+    return 0
+
+
+def export_run(settings: Export, trust: Sequence[str]) -> int:
+    """Writes a checkpoint's model in a form that others read; says what and where."""
+    folder, path = _locate(settings.run, settings.checkpoint)
+    config = _config(folder, trust)
+    saved = json.loads((path / "state.json").read_text())
+    if "spec" not in saved:
+        raise UserError(f"{path}: does not say what data it was made for; train one step more with resume=auto")
+    spec = DataSpec(**saved["spec"] | {"shape": tuple(saved["spec"]["shape"])})
+    model, _ = _model(config, spec, path, torch.device("cpu"))
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.read(file) if file.exists() else None
+    trained = Trained(model.eval(), config.model.part.name, config.model.values, spec, tokenizer)
+    rows = export(trained, settings.format, Path(settings.out).expanduser())
+    screen = Screen()
+    screen.table("llmtrain export", [*rows, ("checkpoint", str(path))])
+    screen.close()
     return 0
 
 

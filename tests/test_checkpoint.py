@@ -236,11 +236,11 @@ def test_the_scale_of_float16_comes_back(tmp_path: Path) -> None:
 def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
     (path,) = saved(tmp_path, 7)
     for knobs, told in (
-        ({"width": 32}, r"tokens\.weight is \(11, 16\), not \(11, 32\)"),
+        ({"width": 32}, r"embedding\.tokens\.weight is \(11, 16\), not \(11, 32\)"),
         ({"layers": 2}, r"blocks\.1\.norm1\.weight is missing; .* and \d+ more"),
         ({"bias": False}, r"blocks\.0\.attention\.out\.bias is unknown; .* and \d+ more"),
-        ({"tied_embeddings": False}, r"head\.weight is missing$"),
-        ({"position": "rope"}, r"positions\.weight is unknown$"),
+        ({"tied_embeddings": False}, r"output\.linear\.weight is missing$"),
+        ({"position": "rope"}, r"embedding\.positions\.weight is unknown$"),
     ):
         model = make_gpt(**({"layers": 1} | knobs))
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -14,8 +14,8 @@ import torch
 from conftest import Said
 
 from llmtrain import __version__
-from llmtrain.build import GROUPS, parts
 from llmtrain.cli import COMMANDS
+from llmtrain.build import GROUPS, parts
 from llmtrain.config import SECTIONS
 
 # A run that takes no time, on text and in folders of its own.
@@ -111,7 +111,7 @@ def test_version(call):
 def test_a_misspelt_command_gets_a_hint(call):
     said = call("trian", "optim=sgd")
     assert (said.code, said.out) == (2, "")
-    assert said.err == "llmtrain: no command 'trian'; there are train, eval, generate, explain. Did you mean train?\n"
+    assert said.err == f"llmtrain: no command 'trian'; there are {', '.join(COMMANDS)}. Did you mean train?\n"
 
 
 def test_help_and_config_are_cheap():
@@ -442,7 +442,7 @@ def test_the_other_commands_report_alike(refused):
     assert refused("eval") == {"run": ("(missing)", "has no value; it must be text")}
     assert refused("eval", "rum=x", "batches=0", "checkpoint=null") == {
         "run": ("(missing)", "has no value; it must be text"),
-        "rum": ("x", "no such knob; there are run, checkpoint, batches, batch_size, device  Did you mean run?"),
+        "rum": ("x", "no such knob; there are run, checkpoint, batches, batch_size, split, device  Did you mean run?"),
         "batches": ("0", "must be integer >= 1 or null"),
         "checkpoint": ("null", "must be text"),
     }
@@ -561,7 +561,7 @@ def complete(call, monkeypatch: pytest.MonkeyPatch):
         ("llmtrain  train  optim=sgd  optim.mom", {"optim.momentum="}),
         ("llmtrain train -m optim=ad", {"optim=adam", "optim=adamw"}),
         ("llmtrain train --trust own optim.l", {"optim.lr="}),
-        ("llmtrain train experiment=", {"experiment=gpt2"}),
+        ("llmtrain train experiment=", {f"experiment={name}" for name in ("gpt2", "stack_digits", "stack_text")}),
         ("llmtrain eval check", {"checkpoint="}),
         ("llmtrain generate temp", {"temperature="}),
         ("llmtrain explain optim.beta", {"optim.beta1", "optim.beta2"}),

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
+from llmtrain.build import GROUPS
 from llmtrain.compose import config_folder
 from llmtrain.config import LENGTHS, SECTIONS, Evaluation, Generation, check, check_command, knobs_of, read
 from llmtrain.knobs import ConfigError, Misfit
+from llmtrain.topics import option_values
 
 
 def whole() -> dict[str, Any]:
@@ -18,8 +20,8 @@ def whole() -> dict[str, Any]:
     chosen = {k: v for entry in values["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     config = {k: v for k, v in values.items() if k not in ("defaults", "hydra")}
     for group, option in chosen.items():
-        if option is not None and not group.startswith("override"):
-            config[group] = yaml.safe_load((folder / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        if option is not None and group in (*GROUPS, "sample"):
+            config[group] = option_values(group, option)
     config["train"]["steps"], config["optim"]["lr"], config["data"]["context"] = 600, 1e-3, 128
     return config
 
@@ -126,8 +128,8 @@ def test_the_check_trusts_what_it_is_told_to_trust():
 
 
 def test_the_settings_of_commands_are_checked_alike():
-    evaluation = {"run": "r", "checkpoint": 300, "batches": None, "batch_size": 4, "device": "cpu"}
-    assert check_command("eval", evaluation) == Evaluation("r", "300", None, 4, "cpu")
+    evaluation = {"run": "r", "checkpoint": 300, "batches": None, "batch_size": 4, "split": "test", "device": "cpu"}
+    assert check_command("eval", evaluation) == Evaluation("r", "300", None, 4, "test", "cpu")
     with pytest.raises(ConfigError) as caught:
         check_command("eval", {**evaluation, "batches": 0, "device": "gpu", "rum": 1})
     assert {m.key: m.suggestion for m in caught.value.misfits} == {"batches": None, "device": "cpu", "rum": "run"}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import random
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,16 @@ from llmtrain.data.tokens import Windows
 from llmtrain.evaluate import evaluate
 from llmtrain.losses import cross_entropy
 from llmtrain.precision import bf16, fp32
-from llmtrain.run import summed
+from llmtrain.run import added_up
 from llmtrain.tasks import causal_lm
 from llmtrain.tokenizer import byte
-from llmtrain.types import Data
+from llmtrain.types import Data, DataSpec
 
 CPU = torch.device("cpu")
-PLAIN = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
+
+
+def NATS(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs, targets, temperature=1.0, label_smoothing=0.0, z_loss=0.0).unsqueeze(-1)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,8 @@ def model(**knobs: Any) -> nn.Module:
 
 
 def measure(model: nn.Module, data: Data, batch_size: int = 16, batches: int | None = None, **given: Any) -> Any:
-    plain: dict[str, Any] = {"samples": data.val, "task": causal_lm(data.tokenizer), "precision": fp32(CPU)}
-    plain |= {"score": summed(model, PLAIN), "batch_size": batch_size, "batches": batches} | given
+    plain: dict[str, Any] = {"samples": data.val, "task": causal_lm(data.spec, data.tokenizer), "precision": fp32(CPU)}
+    plain |= {"score": added_up(model, NATS), "batch_size": batch_size, "batches": batches} | given
     return evaluate(model, **plain)
 
 
@@ -78,14 +80,14 @@ def test_a_model_that_knows_only_frequencies_gives_the_baseline(data: Data) -> N
         def forward(self, tokens: Tensor) -> Tensor:
             return self.logits.expand(*tokens.shape, -1)
 
-    name, loss = data.baseline
+    name, guess = data.baseline
     # the baseline counts every held-out token, a model cannot be asked for the first
     first = int(data.val.tokens[0])  # type: ignore[attr-defined]
     net = Unigram()
     count = data.facts["val_tokens"]
     every = (measure(net, data)["val_loss"] * (count - 1) - float(net.logits.detach()[first])) / count
-    assert name == "unigram"
-    assert every == pytest.approx(loss, rel=1e-9)
+    assert name == "unigram frequencies"
+    assert every == pytest.approx(guess["loss"], rel=1e-9)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 1000])
@@ -95,7 +97,7 @@ def test_the_batch_size_changes_nothing(data: Data, batch_size: int) -> None:
 
     def score(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         shapes.add((inputs.shape, targets.shape, mask.shape))
-        return summed(net, PLAIN)(inputs, targets, mask)
+        return added_up(net, NATS)(inputs, targets, mask)
 
     assert measure(net, data, batch_size, score=score) == pytest.approx(measure(net, data, 7), rel=1e-6)
     assert shapes == {((batch_size, 8),) * 3}  # never another: what is compiled is compiled once
@@ -111,15 +113,15 @@ def test_some_batches_are_spread_over_the_data_and_always_the_same() -> None:
 
     samples = Samples(np.arange(801) % 11, 8)
     net = make_gpt()
-    task = causal_lm(byte([]))
+    task = causal_lm(DataSpec(vocab=257), byte([]))
     for batches, batch_size, expected in ((2, 3, [0, 20, 40, 59, 79, 99]), (1, 1, [0]), (40, 3, list(range(100)))):
         for _ in range(2):
             asked.clear()
-            evaluate(net, summed(net, PLAIN), samples, task, fp32(CPU), batch_size, batches)
+            evaluate(net, added_up(net, NATS), samples, task, fp32(CPU), batch_size, batches)
             assert asked[: len(expected)] == expected
             assert len(asked) == math.ceil(len(expected) / batch_size) * batch_size
     asked.clear()
-    evaluate(net, summed(net, PLAIN), samples, task, fp32(CPU), 30, None)
+    evaluate(net, added_up(net, NATS), samples, task, fp32(CPU), 30, None)
     assert asked[:100] == list(range(100))
 
 

@@ -52,7 +52,7 @@ def make_nano(**knobs):
     knobs = preset("gpt_nano") | knobs
     torch.manual_seed(0)
     model = transformer(DataSpec(vocab=VOCAB, context=knobs["context"]), **knobs)
-    gpt2(model, std=0.02)
+    gpt2(model, std=0.02, patterns=None)
     return model.to(DEVICE)
 
 

@@ -111,7 +111,7 @@ def test_the_attention_kernel_is_named():
     inputs = torch.zeros(2, 8, dtype=torch.long)
     assert hardware.attention_backend(model, inputs, nullcontext).startswith("flash")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
-    assert hardware.attention_backend(model, inputs, autocast).startswith("flash")
+    assert hardware.attention_backend(model, inputs, autocast) is None  # plain products, which are faster there
 
 
 def test_a_model_without_attention_has_no_kernel():

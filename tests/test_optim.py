@@ -196,9 +196,9 @@ def test_each_trainable_parameter_is_claimed_once(tied, position):
     for group in groups:
         for name, p in zip(group["names"], group["params"], strict=True):
             assert by_name[name] is p
-            matrix = p.dim() == 2 and not name.startswith(("tokens.", "positions."))
+            matrix = p.dim() == 2 and not name.startswith("embedding.")
             assert (group["kind"] == "shrink") == matrix, name
-    assert ("head.weight" in groups[0]["names"]) == (not tied)
+    assert ("output.linear.weight" in groups[0]["names"]) == (not tied)
     assert {id(w) for w in weights_of(groups)} == {id(p) for p in groups[0]["params"]}
     assert [group["kind"] for group in groups] == ["shrink", "keep"]
 

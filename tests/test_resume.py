@@ -411,7 +411,7 @@ import llmtrain.data.tokens as tokens
 def hang(folder):
     print("here", flush=True)
     time.sleep(600)
-tokens._is_ready = hang
+tokens.is_ready = hang
 """
 
 

@@ -19,6 +19,7 @@ from llmtrain.data import corpus
 from llmtrain.data.text import stdlib, text
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.tokenizer import byte
+from llmtrain.types import DataSpec
 
 
 def read(path: Path | str, cache: Path, split: Any = "auto", **given: Any) -> Any:
@@ -313,7 +314,7 @@ def test_the_library_is_named_by_version_and_hash(library: Any, tmp_path: Path) 
     assert len(data.facts["sha256"]) == 64
     assert 5e6 < data.facts["bytes"] < 40e6
     told: list[Any] = []
-    assert stdlib(setup(tmp_path, dry=True, progress=lambda *args: told.append(args)), context=8) is None
+    assert stdlib(setup(tmp_path, dry=True, progress=lambda *args: told.append(args)), context=8) == DataSpec(context=8)
     assert told == [] == list(tmp_path.iterdir())
 
 

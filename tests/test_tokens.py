@@ -19,7 +19,7 @@ from llmtrain.data.corpus import Document, from_file, from_text, split_tails
 from llmtrain.data.tokens import Windows, prepare
 from llmtrain.knobs import UserError
 from llmtrain.tokenizer import Tokenizer, bpe, byte, char
-from llmtrain.types import Data, Setup
+from llmtrain.types import Data, DataSpec, Setup
 
 
 def setup(cache: Path, **given: Any) -> Setup:
@@ -92,11 +92,13 @@ def test_the_baseline_is_the_unigram_model_with_one_added(tmp_path: Path) -> Non
     seen, judged = Counter(stream(data.train).tolist()), stream(data.val).tolist()
     total = sum(seen.values()) + 257
     nats = -math.fsum(math.log((seen[t] + 1) / total) for t in judged)
-    name, loss = data.baseline
-    assert name == "unigram"
-    assert loss == pytest.approx(nats / len(judged), rel=1e-12)
+    name, guess = data.baseline
+    assert name == "unigram frequencies"
+    assert guess["loss"] == pytest.approx(nats / len(judged), rel=1e-12)
     text_bytes = len((make_text(500, seed=7) + "Zürich").encode())
-    assert data.facts["baseline_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-12)
+    assert guess["perplexity"] == pytest.approx(math.exp(nats / len(judged)), rel=1e-12)
+    assert guess["accuracy"] == judged.count(seen.most_common(1)[0][0]) / len(judged)
+    assert guess["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-12)
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
@@ -206,7 +208,9 @@ def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path) -> None
 
 def test_a_dry_setup_reads_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unread = Document("x", "x", refuse, 0, 10)
-    assert prepare(setup(tmp_path / "cache", dry=True, tokenizer=refuse), [unread], [unread], 4, "x") is None
+    assert prepare(setup(tmp_path / "cache", dry=True, tokenizer=refuse), [unread], [unread], 4, "x") == DataSpec(
+        context=4
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,17 +21,59 @@ from test_loggers import scalars
 
 from llmtrain.compose import config_folder
 from llmtrain.data.corpus import content_hash, from_file, split_tails
+from llmtrain.topics import option_values
 
 # -- every option of every group takes a step -----------------------------------------------------------------
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in config_folder().glob("*/*.yaml") if path.parent.name != "experiment"
 )
+SIZED = {
+    "transformer": {"layers": 1, "width": 32, "heads": 2, "context": 32, "kv_heads": None, "head_dim": None},
+    "rnn": {"layers": 1, "width": 32, "context": 32},
+    "textcnn": {"width": 16},
+}
+"""What makes a model small, by its part; others are small in themselves."""
 NEEDS = {
     "tokenizer=file": ["tokenizer.path={place}/tokenizer.json"],
     "tokenizer=bpe": ["tokenizer.vocab_size=300"],
-    "data=stdlib": ["~data.path", "~data.split"],
+    "data=stdlib_modules": ["data.context=32"],
+    "data=digits": ["model=mlp"],
+    "data=diabetes": ["model=linear"],
+    "task=masked_lm": ["model.causal=false"],
+    "task=classification": ["model=mlp", "data=digits"],
+    "task=regression": ["model=linear", "data=diabetes"],
+    "loss=mse": ["model=linear", "data=diabetes"],
+    "loss=mae": ["model=linear", "data=diabetes"],
+    "init=mup": ["model.tied_embeddings=false"],
+    "model=textcnn": ["data=stdlib_modules"],
+    **{f"model={name}": ["data=digits"] for name in ("cnn", "linear", "mlp", "cnn_cifar")},
 }
+"""What an option cannot do without."""
+ELSEWHERE = {
+    "precision=tf32": "needs a GPU",
+    "model=resnet18": "takes larger images than come with the library: tests/test_convolutional.py",
+    "model=hf": "takes a folder: tests/test_pretrained.py",
+    "tokenizer=model": "goes with model=hf",
+}
+
+
+def small(place: Path, *words: str) -> list[str]:
+    """The words of `runs.tiny`, without those that the chosen model or data has no use for."""
+    chosen = dict(word.split("=", 1) for word in words if "." not in word.split("=", 1)[0])
+    model = option_values("model", chosen.get("model", "gpt_nano"))
+    data = option_values("data", chosen.get("data", "text"))
+    sizes = SIZED.get(model["name"], {})
+    given = [f"model.{knob}={'null' if size is None else size}" for knob, size in sizes.items()]
+    kept = [
+        word
+        for word in tiny(place, *given, *words)
+        if (group := word.split(".")[0]) not in ("model", "data")
+        or "." not in (key := word.split("=")[0])
+        or key.split(".", 1)[1] in {"model": model, "data": data}[group]
+    ]
+    drop = {f"model.{knob}" for knob in ("layers", "width", "heads", "context") if knob not in sizes}
+    return [word for word in kept if word.split("=")[0] not in drop or word in words]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +84,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "precision=tf32"])
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option not in ELSEWHERE])
 def test_every_option_takes_a_step(place: Path, option: str) -> None:
     group, _, name = option.partition("=")
     run = place / "runs" / f"{group}-{name}"
     needs = [word.format(place=place) for word in NEEDS.get(option, [])]
-    words = tiny(
-        place, option, *needs, "train.steps=2", "checkpoint.every=1", "checkpoint.keep=9", f"run.name={run.name}"
-    )
-    if option == "data=stdlib":
-        words = [word for word in words if "data.path" not in word and "data.split" not in word]
+    more = ["train.steps=2", "checkpoint.every=1", "checkpoint.keep=9", f"run.name={run.name}"]
+    words = small(place, option, *needs, *more)
     code, text = llmtrain(words, place)
     assert code == 0, text
-    given = yaml.safe_load((config_folder() / group / f"{name}.yaml").read_text())
+    given = option_values(group, name) if group != "sample" else {}
     config = yaml.safe_load((run / "config.yaml").read_text())
     overridden = {word.split("=")[0].lstrip("~") for word in words}
     for knob, value in given.items():
@@ -83,14 +122,17 @@ def test_tf32_is_refused_where_there_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_a_step(place: Path, experiment: str) -> None:
-    small = [
+    settings = [
         "tokenizer.vocab_size=300",
         "train.batch_size=16",
         "train.accumulate=4",
         "train.steps=2",
         "train.tokens=null",
     ]
-    words = tiny(place, *small, f"experiment={experiment}", f"run.name={experiment}")
+    overlay = yaml.safe_load((config_folder() / "experiment" / f"{experiment}.yaml").read_text())
+    chosen = {k.removeprefix("override /"): v for entry in overlay["defaults"] for k, v in entry.items()}
+    own = [f"{group}={chosen[group]}" for group in ("model", "data") if group in chosen]
+    words = small(place, *settings, *own, f"experiment={experiment}", f"run.name={experiment}")
     code, text = llmtrain([word for word in words if word != "tokenizer=byte"], place)
     assert code == 0, text
     assert [line["step"] for line in lines(place / "runs" / experiment)] == [1, 2, 2]
@@ -163,9 +205,8 @@ def test_the_same_numbers_are_told_everywhere(run: Path) -> None:
     best = min(evaluations, key=lambda step: evaluations[step]["val_loss"])
     assert result["best"] == {"step": best, **evaluations[best]}
     assert result["status"] == "finished"
-    name, guess = next(iter(result["baseline"].items()))
-    assert name == "unigram"
-    assert f"{guess:.4f} nats/token" in log
+    assert result["baseline"]["by"] == "unigram frequencies"
+    assert f"{result['baseline']['loss']:.4f} nats/token" in log
     assert result["sample"] in log
 
 
@@ -451,7 +492,7 @@ def test_it_learns_more_than_frequencies(place: Path) -> None:
     assert code == 0, text
     result = json.loads((place / "runs/learns/result.json").read_text())
     told = lines(place / "runs/learns")
-    assert result["metrics"]["val_loss"] < result["baseline"]["unigram"] - 0.3
-    assert told[0]["loss"] > result["baseline"]["unigram"]
+    assert result["metrics"]["val_loss"] < result["baseline"]["loss"] - 0.3
+    assert told[0]["loss"] > result["baseline"]["loss"]
     losses = [line["loss"] for line in told if "loss" in line]
     assert losses[-1] < losses[0] - 1

@@ -172,9 +172,9 @@ def test_own_parts_need_trust_here_too(place: Path) -> None:
     """A stranger's run names code; it does not run by being looked at."""
     run = shutil.copytree(train(place, "run.name=plain"), place / "runs/own")
     config = (run / "config.yaml").read_text()
-    assert "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n" in config
+    assert "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n" in config
     own = config.replace(
-        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n", "name: noisy_parts:noisy\n  scale: 1.0\n"
+        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n", "name: noisy_parts:noisy\n  scale: 1.0\n"
     )
     (run / "config.yaml").write_text(own)
     for command in ("eval", "generate"):

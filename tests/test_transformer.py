@@ -11,8 +11,8 @@ from toy import KNOBS, make_gpt, preset
 from llmtrain.compose import compose_jobs, prepare
 from llmtrain.config import check
 from llmtrain.knobs import ConfigError
-from llmtrain.models.transformer import Transformer, count_parameters, transformer
 from llmtrain.models.layers import ACTIVATIONS, Cache, make_norm, rotary_angles, rotate
+from llmtrain.models.transformer import Transformer, count_parameters, transformer
 from llmtrain.types import DataSpec
 
 GPT2_VOCAB = 50257
@@ -190,7 +190,10 @@ def test_rope_model_equals_transformers_gpt_neox():
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * 0.25)
-        state = {"embedding.tokens.weight": theirs.gpt_neox.embed_in.weight, "output.linear.weight": theirs.get_output_embeddings().weight}
+        state = {
+            "embedding.tokens.weight": theirs.gpt_neox.embed_in.weight,
+            "output.linear.weight": theirs.get_output_embeddings().weight,
+        }
         for kind in ("weight", "bias"):
             state[f"norm.{kind}"] = getattr(theirs.gpt_neox.final_layer_norm, kind)
             for i, layer in enumerate(theirs.gpt_neox.layers):
@@ -444,7 +447,7 @@ def test_dropout_acts_at_each_of_its_places():
     assert not torch.equal(block.attention(x), block.attention(x))
     block.attention.dropout = 0.0
     torch.testing.assert_close(block.attention(x), block.attention(x))
-    model.dropout.p = 0.0
+    model.embedding.dropout.p = 0.0
     for silent in (block.ffn.down, block.attention.out):  # the end of one branch, then that of the other
         kept = {name: value.clone() for name, value in silent.state_dict().items()}
         with torch.no_grad():
@@ -454,7 +457,7 @@ def test_dropout_acts_at_each_of_its_places():
         silent.load_state_dict(kept)
     block.dropout.p = 0.0
     torch.testing.assert_close(model(tokens), model(tokens))
-    model.dropout.p = 0.5
+    model.embedding.dropout.p = 0.5
     assert not torch.equal(model(tokens), model(tokens))
 
 

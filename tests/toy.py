@@ -30,6 +30,8 @@ from llmtrain.types import DataSpec
 torch.set_num_threads(1)  # tensors are so small that a second thread only costs
 
 CPU = torch.device("cpu")
+
+
 def preset(name: str, group: str = "model") -> dict[str, Any]:
     """The knobs of a preset, read from its YAML file and checked against the part's signature."""
     choice, misfits = choose(group, option_values(group, name))
@@ -46,7 +48,7 @@ def make_gpt(vocab: int = 11, seed: int = 0, std: float = 0.02, **knobs: Any) ->
     knobs = KNOBS | knobs
     torch.manual_seed(seed)
     model = transformer(DataSpec(vocab=vocab, context=knobs["context"]), **knobs)
-    gpt2(model, std=std)
+    gpt2(model, std=std, patterns=None)
     return model
 
 

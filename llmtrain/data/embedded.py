@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Sequence
 
 import numpy as np
 
+from llmtrain.data.rows import Rows, guess
 from llmtrain.knobs import Portion
 from llmtrain.types import Data, DataSpec, Setup
-
-
-class Rows:
-    """Samples held in memory: inputs (N, *shape) float32; targets (N,) int64 classes or (N, n) float32."""
-
-    def __init__(self, inputs: np.ndarray, targets: np.ndarray):
-        self.inputs, self.targets = inputs, targets
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def take(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs and targets of the named samples, and a mask (B,) that leaves none out."""
-        chosen = np.asarray(indices)
-        return self.inputs[chosen], self.targets[chosen], np.ones(len(chosen), dtype=bool)
 
 
 def digits(setup: Setup, *, test_fraction: Portion) -> Data | DataSpec:
@@ -98,16 +82,5 @@ def _labelled(
         fingerprint=digest.hexdigest(),
         words=f"{about}{kinds}: {len(train)} to learn from, {len(val)} held out, {len(test)} for the test",
         facts={"about": about, "train": len(train), "val": len(val), "test": len(test)},
-        baseline=_guess(targets[train], targets[val], spec.outputs),
+        baseline=guess(targets[train], targets[val], spec.outputs),
     )
-
-
-def _guess(train: np.ndarray, val: np.ndarray, outputs: int) -> tuple[str, dict[str, float]]:
-    """What guessing by the frequencies of the classes, or always the mean, would reach on the held-out samples."""
-    if train.ndim == 1:
-        counts = np.bincount(train, minlength=outputs) + 1
-        nats = -np.log(counts / counts.sum())[val].mean()
-        return "class frequencies", {"loss": float(nats), "accuracy": float((val == counts.argmax()).mean())}
-    off = val - train.mean(0)
-    mse = float(np.square(off).mean())
-    return "the mean", {"loss": mse, "rmse": math.sqrt(mse), "mae": float(np.abs(off).mean())}

@@ -28,13 +28,13 @@ def stdlib(setup: Setup, *, context: Count) -> Data | DataSpec:
         context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
             the model's context.
     """
-    documents = [d for d in _sources() if d.end] + _topics()
+    documents = [d for d in library_sources() if d.end] + _topics()
     train, val = split_by_file(documents, setup.val_fraction)
     about = f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     return prepare(setup, train, val, context, about)
 
 
-def _sources() -> list[Document]:
+def library_sources() -> list[Document]:
     """The library's modules by name; folders that do not count are not even entered."""
     root = sysconfig.get_paths()["stdlib"]
     names: list[str] = []

@@ -47,7 +47,9 @@ class Windows:
         return rows[:, :-1], rows[:, 1:], mask
 
 
-def prepare(setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str) -> Data | DataSpec:
+def prepare(
+    setup: Setup, train: Sequence[Document], val: Sequence[Document], context: int, about: str
+) -> Data | DataSpec:
     """Tokenizes documents, or finds them tokenized; a dry setup gets at once what is known without that.
 
     Raises:
@@ -58,12 +60,32 @@ def prepare(setup: Setup, train: Sequence[Document], val: Sequence[Document], co
     content = content_hash([*train, *val], setup.progress)
     key = _hash({"format": _FORMAT, "content": content, "tokenizer": setup.tokenizer_key, "train": len(train)})
     folder = setup.cache / "tokens" / key
-    if not _is_ready(folder):
+    if not is_ready(folder):
         _tokenize(setup, train, val, content, folder)
     return _open(setup, folder, key, content, context, about)
 
 
-def _is_ready(folder: Path) -> bool:
+@contextlib.contextmanager
+def written_once(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which then gets its name: there whole, or not at all.
+
+    Raises:
+        UserError: If it cannot be written, and nobody else has meanwhile.
+    """
+    work = folder.with_name(f".{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        work.mkdir(parents=True)
+        yield work
+        work.rename(folder)
+    except OSError as error:
+        if not is_ready(folder):  # else another run was first, with the same tokens
+            raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def is_ready(folder: Path) -> bool:
+    """Whether a folder of `written_once` is there."""
     with contextlib.suppress(OSError):  # what cannot be looked into cannot be written either, and says so then
         return (folder / "meta.json").is_file()
     return False
@@ -75,9 +97,7 @@ def _hash(value: Any) -> str:
 
 def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], content: str, folder: Path) -> None:
     """Writes tokens into a folder of its own and renames it into place: there whole, or not at all."""
-    work = folder.with_name(f".{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        work.mkdir(parents=True)
+    with written_once(folder) as work:
         tokenizer = setup.tokenizer(piece for document in train for piece in document.pieces())
         tokenizer.save(work / "tokenizer.json")
         dtype = np.dtype(np.uint16 if tokenizer.vocab <= 1 << 16 else np.uint32)
@@ -101,12 +121,6 @@ def _tokenize(setup: Setup, train: Sequence[Document], val: Sequence[Document], 
             os.fsync(file.fileno())
         if content_hash([*train, *val]) != content:
             raise UserError("the data was changed while it was being read; start again when it is at rest")
-        work.rename(folder)
-    except OSError as error:
-        if not _is_ready(folder):  # else another run was first, with the same tokens
-            raise UserError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(

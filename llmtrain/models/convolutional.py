@@ -37,7 +37,7 @@ def cnn(
     norm_eps: Positive,
     norm_momentum: Share,
     norm_groups: Count,
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"],
+    activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"],
     final_pooling: Count,
     dropout: Fraction,
 ) -> CNN:
@@ -74,8 +74,8 @@ def cnn(
             sooner, noisier. Lower: steadier, and late. Unused by the other norms.
         norm_groups: Groups of groupnorm; must divide all channels. Raise: fewer maps share a scale. Lower:
             more of them. Unused by the other norms.
-        activation: gelu: smooth, exact. gelu_tanh: its tanh approximation. relu: cheapest, ResNet's own. relu2:
-            squared relu. silu: x * sigmoid(x).
+        activation: relu: cheapest, ResNet's own. relu2: squared relu. gelu: smooth, exact. gelu_tanh: its tanh
+            approximation. silu: x * sigmoid(x). tanh: between -1 and 1. sigmoid: between 0 and 1, learns slowly.
         final_pooling: Height and width that the last maps are averaged to, in pixels. Raise: the head sees
             where something is, and grows with the square. Lower: fewer parameters; 1 averages all.
         dropout: Share of the head's inputs set to zero in training. Raise: less overfitting, slower learning.
@@ -232,7 +232,7 @@ def textcnn(
     width: Count,
     kernels: list[Count],
     channels: Count,
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"],
+    activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"],
     dropout: Fraction,
 ) -> TextCNN:
     """Convolutions over windows of tokens, each pooled to its largest answer (Kim 2014, arXiv:1408.5882).
@@ -245,8 +245,8 @@ def textcnn(
             shorter ones; 1 looks at single tokens.
         channels: Patterns that are looked for with each kind of window. Raise: more capacity, slower. Lower:
             faster, weaker.
-        activation: gelu: smooth, exact. gelu_tanh: its tanh approximation. relu: cheapest, the paper's own.
-            relu2: squared relu. silu: x * sigmoid(x).
+        activation: relu: cheapest, the paper's own. relu2: squared relu. gelu: smooth, exact. gelu_tanh: its tanh
+            approximation. silu: x * sigmoid(x). tanh: between -1 and 1. sigmoid: between 0 and 1, learns slowly.
         dropout: Share of the pooled answers set to zero in training. Raise: less overfitting, slower learning.
             Lower: the opposite.
 

@@ -21,7 +21,7 @@ def mlp(
     data: DataSpec,
     *,
     widths: list[Count],
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"],
+    activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"],
     norm: Literal["none", "layernorm", "batchnorm"],
     norm_eps: Positive,
     norm_momentum: Share,
@@ -34,8 +34,8 @@ def mlp(
     Args:
         widths: Numbers that each hidden layer gives, from the first to the last; [] is a linear model. Raise:
             more capacity, and parameters grow with the product of neighbours. Lower: smaller, overfits less.
-        activation: gelu: smooth, exact. gelu_tanh: its tanh approximation. relu: cheapest. relu2: squared relu.
-            silu: x * sigmoid(x).
+        activation: relu: cheapest. relu2: squared relu. gelu: smooth, exact. gelu_tanh: its tanh
+            approximation. silu: x * sigmoid(x). tanh: between -1 and 1. sigmoid: between 0 and 1, learns slowly.
         norm: none: the layers as they are. layernorm: each sample on its own (Ba et al. 2016, arXiv:1607.06450).
             batchnorm: each number over the batch, running averages in evaluation (Ioffe & Szegedy 2015,
             arXiv:1502.03167); needs at least two samples in each micro-batch.

@@ -67,7 +67,7 @@ class Cache:
 
 
 def rotary_angles(context: int, dims: int, base: float, scaling: float = 1.0) -> Tensor:
-    """Angles (context, dims/2) of rotary positions, m / scaling * base^(-2i/dims) (Su et al. 2021, arXiv:2104.09864)."""
+    """Angles (context, dims/2) of rotary positions, m / scaling * base^(-2i/dims) (Su et al. 2021)."""
     frequencies = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     return torch.outer(torch.arange(context, dtype=torch.float64) / scaling, frequencies)
 
@@ -94,7 +94,13 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, arXiv:1706.03762).
 

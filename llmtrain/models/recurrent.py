@@ -6,12 +6,12 @@ Elman 1990, "Finding Structure in Time"; Hochreiter & Schmidhuber 1997, "Long Sh
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from llmtrain.knobs import Count, Fraction, require
 from llmtrain.models.dense import real, suits
@@ -77,12 +77,10 @@ def rnn(
         ),
         context=(data.context <= context, context, f"is shorter than the samples: data.context={data.context}"),
     )
-    cells = make_cells(
-        cell, embedding, width, layers, bidirectional=bidirectional, dropout=dropout, bias=bias, nonlinearity=nonlinearity
-    )
+    cells = make_cells(cell, embedding, width, layers, bidirectional, dropout, bias=bias, nonlinearity=nonlinearity)
     if data.outputs:
-        return Classifier(data, cells, dropout, pooling)
-    return (EachToken if bidirectional else LanguageModel)(data, cells, dropout, tied, context)
+        return Classifier(data, cells, embedding, states, dropout, pooling)
+    return (EachToken if bidirectional else LanguageModel)(data, cells, embedding, states, dropout, tied, context)
 
 
 def make_cells(
@@ -90,32 +88,49 @@ def make_cells(
     inputs: int,
     width: int,
     layers: int,
+    bidirectional: bool,
+    dropout: float,
     *,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
     bias: bool = True,
     nonlinearity: str = "tanh",
-) -> nn.RNNBase:
+) -> nn.RNNBase | Bidirectional:
     """Recurrent layers that take (B, T, inputs)."""
     kind: Any = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
     more = {"nonlinearity": nonlinearity} if cell == "rnn" else {}
+    if bidirectional:
+        sizes = [inputs] + [2 * width] * (layers - 1)
+        pairs = [[kind(size, width, bias=bias, batch_first=True, **more) for _ in range(2)] for size in sizes]
+        return Bidirectional(pairs, dropout)
     between = dropout if layers > 1 else 0.0
-    return kind(
-        inputs, width, layers, bias=bias, batch_first=True, dropout=between, bidirectional=bidirectional, **more
-    )
+    return kind(inputs, width, layers, bias=bias, batch_first=True, dropout=between, **more)
 
 
-def run_cells(cells: nn.RNNBase, x: Tensor, mask: Tensor | None, state: Any = None) -> tuple[Tensor, Any]:
-    """States (B, T, directions * width) of x (B, T, C), and what the next tokens go on from.
+class Bidirectional(nn.Module):
+    """Recurrent layers in both directions, each on the states of both of the layer below.
 
-    Where the mask (B, T) has padding at the end, a second direction begins at each sample's own last token. The
-    states at padding mean nothing.
+    torch's own would begin a second direction in the padding, or have the lengths copied to the CPU at each step.
     """
-    if mask is None or not cells.bidirectional or x.is_meta:
-        return cells(x, state)
-    packed = pack_padded_sequence(x, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-    states, state = cells(packed, state)
-    return pad_packed_sequence(states, batch_first=True, total_length=x.size(1))[0], state
+
+    def __init__(self, pairs: list[list[nn.RNNBase]], dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """X (B, T, C) -> (B, T, 2 * width); the second direction begins at each sample's own last token."""
+        for depth, (ahead, back) in enumerate(cast(Iterable[Any], self.layers)):
+            x = self.dropout(x) if depth else x
+            x = torch.cat((ahead(x)[0], turn(back(turn(x, mask))[0], mask)), 2)
+        return x
+
+
+def turn(x: Tensor, mask: Tensor | None) -> Tensor:
+    """X (B, T, C) with the tokens of each sample in reverse, its padding where it was."""
+    if mask is None:
+        return x.flip(1)
+    places = torch.arange(x.size(1), device=x.device)
+    order = torch.where(mask, mask.sum(1, keepdim=True) - 1 - places, places)
+    return x.take_along_dim(order[..., None], 1)
 
 
 def pool_states(states: Tensor, mask: Tensor | None, pooling: str, directions: int = 1) -> Tensor:
@@ -136,7 +151,8 @@ class State:
     """What recurrent layers remember of the tokens that they have seen."""
 
     def __init__(self) -> None:
-        self.length, self.value = 0, None
+        self.length = 0
+        self.value: Any = None
 
 
 class Recurrent(nn.Module):
@@ -146,16 +162,18 @@ class Recurrent(nn.Module):
         causal: Whether no token sees those after it.
     """
 
-    def __init__(self, data: DataSpec, cells: nn.RNNBase, dropout: float):
+    def __init__(self, data: DataSpec, cells: nn.RNNBase | Bidirectional, embedding: int, dropout: float):
         super().__init__()
-        self.pad, self.causal = data.pad, not cells.bidirectional
-        self.tokens = nn.Embedding(data.vocab, cells.input_size)
+        self.pad, self.causal = data.pad, not isinstance(cells, Bidirectional)
+        self.tokens = nn.Embedding(data.vocab, embedding)
         self.cells, self.dropout = cells, nn.Dropout(dropout)
 
     def states(self, tokens: Tensor, cache: State | None = None) -> Tensor:
         """Tokens (B, T) -> states (B, T, directions * width)."""
         x = self.dropout(self.tokens(tokens))
-        states, state = run_cells(self.cells, x, real(tokens, self.pad), cache.value if cache else None)
+        if isinstance(self.cells, Bidirectional):
+            return self.dropout(self.cells(x, real(tokens, self.pad)))
+        states, state = self.cells(x, cache.value if cache else None)
         if cache is not None:
             cache.value, cache.length = state, cache.length + tokens.size(1)
         return self.dropout(states)
@@ -164,14 +182,23 @@ class Recurrent(nn.Module):
 class Classifier(Recurrent):
     """One answer for each text, from its pooled states."""
 
-    def __init__(self, data: DataSpec, cells: nn.RNNBase, dropout: float, pooling: str):
-        super().__init__(data, cells, dropout)
-        self.pooling, self.directions = pooling, 1 if self.causal else 2
-        self.head = nn.Linear(cells.hidden_size * self.directions, data.outputs)
+    def __init__(
+        self,
+        data: DataSpec,
+        cells: nn.RNNBase | Bidirectional,
+        embedding: int,
+        states: int,
+        dropout: float,
+        pooling: str,
+    ) -> None:
+        super().__init__(data, cells, embedding, dropout)
+        self.pooling = pooling
+        self.head = nn.Linear(states, data.outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) -> (B, outputs)."""
-        return self.head(pool_states(self.states(tokens), real(tokens, self.pad), self.pooling, self.directions))
+        mask, directions = real(tokens, self.pad), 1 if self.causal else 2
+        return self.head(pool_states(self.states(tokens), mask, self.pooling, directions))
 
 
 class EachToken(Recurrent):
@@ -181,11 +208,19 @@ class EachToken(Recurrent):
         context: Most tokens at once.
     """
 
-    def __init__(self, data: DataSpec, cells: nn.RNNBase, dropout: float, tied: bool, context: int):
-        super().__init__(data, cells, dropout)
+    def __init__(
+        self,
+        data: DataSpec,
+        cells: nn.RNNBase | Bidirectional,
+        embedding: int,
+        states: int,
+        dropout: float,
+        tied: bool,
+        context: int,
+    ) -> None:
+        super().__init__(data, cells, embedding, dropout)
         self.context = context
-        width = cells.hidden_size * (1 if self.causal else 2)
-        self.head = None if tied else nn.Linear(width, data.vocab, bias=False)
+        self.head = None if tied else nn.Linear(states, data.vocab, bias=False)
 
     def forward(self, tokens: Tensor, caches: list[State] | None = None) -> Tensor:
         """Tokens (B, T) -> logits (B, T, vocab); with caches, tokens are those after what the caches hold."""

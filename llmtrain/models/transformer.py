@@ -40,9 +40,7 @@ def transformer(
     context: Count,
     causal: bool,
     window: Count | None,
-    activation: Literal[
-        "sigmoid", "tanh", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"
-    ],
+    activation: Literal["sigmoid", "tanh", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"],
     norm: Literal["layernorm", "rmsnorm", "batchnorm", "none"],
     norm_eps: Positive,
     norm_momentum: Portion,
@@ -168,7 +166,7 @@ def transformer(
     per_head = head_dim or width // heads or 1
     rotated = int(per_head * rope_fraction)
     require(
-        vocab_multiple=(data.vocab > 0, vocab_multiple, "of no vocabulary: this data has no tokens; use another model"),
+        name=(data.vocab > 0, "transformer", "takes tokens, and this data has none; use model=mlp, cnn or linear"),
         heads=(
             head_dim is not None or width % heads == 0,
             heads,
@@ -325,16 +323,17 @@ class Sight(NamedTuple):
         """For tokens (B, T) after `start` others: a mask for `layers.attend`, and whether plainly causal."""
         T = tokens.size(1)
         padded = self.pad is not None and start == 0  # what goes on with a text has no padding
-        if self.window is None and self.slopes is None and not padded:
-            if not self.causal or start == 0 or T == 1:
-                return None, self.causal and T > 1
+        plain = self.window is None and self.slopes is None and not padded
+        if plain and (not self.causal or start == 0 or T == 1):
+            return None, self.causal and T > 1
         here = torch.arange(start, start + T, device=tokens.device)
         ahead = torch.arange(start + T, device=tokens.device) - here[:, None]
         seen = ahead <= 0 if self.causal else torch.ones_like(ahead, dtype=torch.bool)
         if self.window is not None:
             seen = seen & (ahead.abs() < self.window)
         if padded:
-            seen = seen & (tokens != self.pad)[:, None, None, :]
+            assert self.pad is not None
+            seen = seen & tokens.ne(self.pad)[:, None, None, :]
         if self.slopes is None:
             return seen, False
         lowered = -self.slopes.to(tokens.device)[:, None, None] * ahead.abs()
@@ -407,7 +406,7 @@ class Block(nn.Module):
         self.norm1, self.attention = norms[0], attention
         self.norm2 = norms[1] if len(norms) > 1 else nn.Identity()
         self.ffn = ffn
-        self.after1, self.after2 = norms[2:] if place == "sandwich" else (nn.Identity(), nn.Identity())
+        self.after1, self.after2 = [*norms[2:], nn.Identity(), nn.Identity()][:2]
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.place, self.scale = place, scale
 

@@ -1,0 +1,303 @@
+"""What a model costs before it is trained: its layers, parameters, FLOPs and memory. Nothing is computed or allocated.
+
+Shapes and FLOPs come from a pass on the meta device. Memory comes from a whole optimizer step of fake tensors: they
+hold no numbers but know their device, so that the kernels of that device are taken (fused attention keeps no T x T
+scores, attention by plain products does), which the meta device does not tell.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmtrain.config import RunConfig
+from llmtrain.hardware import blank
+from llmtrain.models.layers import Attention, FeedForward
+from llmtrain.models.transformer import Embedding
+from llmtrain.optim.groups import param_groups, weights_of
+from llmtrain.types import Batch, DataSpec
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_PROBE = 2
+"""Samples of the pass on the meta device: the fewest that batch norms can be trained with."""
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_KINDS = {Attention: "attention", FeedForward: "feed-forward", Embedding: "embedding", nn.Embedding: "embedding"}
+_OUTPUTS = ("output", "head")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module as it stands in the tree of a model.
+
+    Attributes:
+        name: Its name in the module that holds it; `0-11` for twelve that are all alike.
+        kind: Its class.
+        shape: Shape of what it gives for one sample, the batch left out; None where it is never called.
+        parameters: Numbers in it, those of one where several are alike.
+        times: How many are alike.
+        children: What it is made of.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    times: int
+    children: tuple[Layer, ...]
+
+
+class Flops(NamedTuple):
+    """FLOPs of one sample, a multiplication and an addition counted as two, by torch's counter.
+
+    Attention counts every pair of tokens, also those that a causal mask lets a kernel skip.
+    """
+
+    forward: int
+    both: int
+
+
+class Memory(NamedTuple):
+    """Bytes of one process's optimizer step, without what the framework and its kernels take for themselves.
+
+    Attributes:
+        weights: The parameters.
+        buffers: What a model holds beside them.
+        gradients: One for each trainable number.
+        state: What the optimizer keeps from step to step.
+        activations: What one micro-batch saves for its backward pass, logits and loss included.
+        casts: Of these, copies of the weights in the precision of the matrix products.
+        peak: What lives at once at the fullest moment of a step.
+    """
+
+    weights: int
+    buffers: int
+    gradients: int
+    state: int
+    activations: int
+    casts: int
+    peak: int
+
+
+def blank_batch(spec: DataSpec, samples: int, loss: Loss) -> Batch:
+    """Inputs of zeros on the device in use, and targets such as the loss takes: token or class ids, or quantities."""
+    inputs = blank(spec, samples)
+    if not spec.outputs:
+        return Batch(inputs, torch.zeros_like(inputs), torch.ones_like(inputs, dtype=torch.bool))
+    targets = torch.zeros(samples, dtype=torch.long)
+    if _takes_quantities(spec.outputs, loss):
+        targets = torch.zeros(samples, spec.outputs)
+    return Batch(inputs, targets, torch.ones(samples, dtype=torch.bool))
+
+
+def _takes_quantities(outputs: int, loss: Loss) -> bool:
+    """Whether a loss compares (B, n) numbers with (B, n) numbers, not with (B,) classes."""
+    try:
+        return loss(torch.zeros(3, outputs, device="meta"), torch.zeros(3, outputs, device="meta")).shape == (3,)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+
+
+def trace(model: nn.Module, spec: DataSpec, loss: Loss) -> tuple[Layer, Flops]:
+    """Forward and backward pass of a model on the meta device: its tree of layers, and its FLOPs."""
+    with torch.device("meta"):
+        batch = blank_batch(spec, _PROBE, loss)
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    idle: set[nn.Module] = {m for m in model.modules() if isinstance(m, nn.Identity)}
+
+    def called(module: nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        first = next((leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)), None)
+        if first is not None:
+            shapes.setdefault(module, tuple(first.shape))
+        if not any(True for _ in module.parameters()) and given and result is given[0]:
+            idle.add(module)
+
+    handles = [module.register_forward_hook(called) for module in model.modules()]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        losses = loss(model.train()(batch.inputs), batch.targets)
+        forward = counter.get_total_flops()
+        (losses * batch.mask).sum().backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    both = counter.get_total_flops()
+    return _layer("", model, shapes, idle), Flops(forward // _PROBE, both // _PROBE)
+
+
+def _layer(name: str, module: nn.Module, shapes: dict[nn.Module, tuple[int, ...]], idle: set[nn.Module]) -> Layer:
+    children = [_layer(n, child, shapes, idle) for n, child in module.named_children() if child not in idle]
+    shape = shapes.get(module)
+    if shape is not None and shape[:1] == (_PROBE,):
+        shape = shape[1:]
+    count = sum(p.numel() for p in module.parameters())
+    return Layer(name, type(module).__name__, shape, count, 1, tuple(_folded(children)))
+
+
+def _folded(layers: list[Layer]) -> Iterator[Layer]:
+    """Neighbours in a list that are all alike become one, with their number."""
+    for _, same in groupby(layers, lambda layer: (layer.name.isdigit() or layer.name, replace(layer, name=""))):
+        first, *others = same
+        name = f"{first.name}-{others[-1].name}" if others else first.name
+        yield replace(first, name=name, times=1 + len(others))
+
+
+def parts(model: nn.Module) -> dict[str, int]:
+    """Numbers by what they are for: embedding, attention, feed-forward, norms, output, or the module's name."""
+    modules, counts, seen = dict(model.named_modules()), dict[str, int](), set[int]()
+    for path, module in modules.items():
+        for p in module.parameters(recurse=False):
+            if id(p) not in seen:
+                kind = _kind(path, modules)
+                counts[kind] = counts.get(kind, 0) + p.numel()
+                seen.add(id(p))
+    return counts
+
+
+def _kind(path: str, modules: dict[str, nn.Module]) -> str:
+    if isinstance(modules[path], _NORMS):
+        return "norms"
+    names = path.split(".")
+    for end in range(len(names), 0, -1):
+        for known, kind in _KINDS.items():
+            if isinstance(modules[".".join(names[:end])], known):
+                return kind
+    return "output" if names[0] in _OUTPUTS else names[0] or type(modules[path]).__name__
+
+
+def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
+    """Bytes of an optimizer step as a run takes it: the second one, when the optimizer has its state.
+
+    Args:
+        config: A checked config.
+        spec: The data's.
+        device: Where the run would be; its kernels are those that count.
+    """
+    train, autocast, loss = config.train, config.precision.build(device).autocast, config.loss.bind()
+    with FakeTensorMode(), torch.device(device), _Living() as living:
+        model = config.model.build(spec).train()
+        groups = param_groups(model)
+        optimizer = config.optim.build(groups)
+        regularizer = config.regularization.build(weights_of(groups))
+        batch = blank_batch(spec, train.batch_size // train.accumulate, loss)
+        owned = _storages([*model.parameters(), *model.buffers(), *batch])
+        living.copied = owned.keys()
+        trained = [p for group in groups for p in group["params"]]
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        living.peak = living.now
+        for _ in range(min(train.accumulate, 2)):  # from the second on, gradients are there already
+            with _saved(owned) as saved, autocast():
+                summed = (loss(model(batch.inputs), batch.targets) * batch.mask).sum()
+            activations = _bytes(saved)
+            casts = _bytes({key: saved[key] for key in living.copies & saved.keys()})
+            saved.clear()
+            summed.backward()
+        del summed
+        gradients = _bytes(_storages([p.grad for p in trained if p.grad is not None]))
+        regularizer.add_gradients()
+        regularizer.before_update(0.1)
+        optimizer.step()
+        regularizer.after_update(0.1)
+        state = _bytes(_storages([s for kept in optimizer.state.values() for s in tree_leaves(kept)]))
+        weights, buffers = _bytes(_storages([*model.parameters()])), _bytes(_storages([*model.buffers()]))
+    return Memory(weights, buffers, gradients, state, activations, casts, living.peak)
+
+
+def hides_memory(model: nn.Module, device: torch.device) -> bool:
+    """Whether a kernel keeps memory that fake tensors do not show: cuDNN's recurrent ones and oneDNN's LSTM do."""
+    hiding = nn.LSTM if device.type == "cpu" else nn.RNNBase
+    return any(isinstance(module, hiding) for module in model.modules())
+
+
+def _key(tensor: Tensor) -> int:
+    """What piece of memory a tensor lies in."""
+    return tensor.untyped_storage()._cdata
+
+
+def _storages(tensors: list[Any]) -> dict[int, Tensor]:
+    """One tensor for each piece of memory."""
+    return {_key(t): t for t in tensors if isinstance(t, Tensor)}
+
+
+def _bytes(storages: dict[int, Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+@contextmanager
+def _saved(owned: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Collects what is saved for the backward pass, each piece of memory once and without what is owned anyway."""
+    found: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if _key(t) not in owned:
+            found[_key(t)] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
+
+
+class _Living(TorchDispatchMode):
+    """Adds up the bytes of all tensors that live, now and at most.
+
+    Where a number is asked for that nobody computed, such as an optimizer's count of steps, it is told some number.
+
+    Attributes:
+        now: Bytes that live.
+        peak: The most that lived at once.
+        copied: What is owned, by key.
+        copies: What was made by changing the type of that and lives, by key.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.copied: Set[int] = frozenset()
+        self.copies: set[int] = set()
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            result = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return _some_number(args[0].dtype)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self.copied:
+            self.copies.add(_key(result))
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._gone, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.copies.discard(key)
+        self.now -= size
+
+
+def _some_number(dtype: torch.dtype) -> bool | int | float:
+    """Neither 0 nor, for fractions, 1: optimizers divide by it and by what it lacks to 1."""
+    if dtype == torch.bool:
+        return True
+    return 0.5 if dtype.is_floating_point else 1

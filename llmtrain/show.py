@@ -1,0 +1,359 @@
+"""`llmtrain show`: what would be trained and what it costs, before anything is read, built or allocated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from llmtrain import budget, hardware
+from llmtrain.budget import Flops, Layer, Memory
+from llmtrain.config import RunConfig
+from llmtrain.knobs import UserError
+from llmtrain.loop import Length
+from llmtrain.models.transformer import TokenHead, count_parameters
+from llmtrain.optim.groups import param_groups
+from llmtrain.run import provisional, setup_for
+from llmtrain.story import Origin
+from llmtrain.types import DataSpec
+from llmtrain.words import short
+
+_WIDTH = 100
+_ROWS, _COLUMNS = 8, 72
+_UNKNOWN = 1000
+"""Steps that are drawn where the length depends on the data or the clock."""
+_EXACT = 100_000
+"""Steps up to which a learning-rate curve is computed at each."""
+_PAIRS = "Attention counts all pairs of tokens, also those that a causal mask hides."
+_WHAT = {
+    "shrink": "matrices and kernels: decay, L1 and L2 act on them",
+    "keep": "biases, norms and embeddings: left alone",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The learning rate over a run.
+
+    Attributes:
+        steps: Length of the run in steps.
+        known: Whether that is its length; else it depends on the data or the clock and is made up.
+        at: The steps looked at, from 0.
+        rates: The rate at each of them.
+    """
+
+    steps: int
+    known: bool
+    at: Sequence[int]
+    rates: list[float]
+
+    @property
+    def peak(self) -> int:
+        """Where in `at` the highest rate is first reached."""
+        return self.rates.index(max(self.rates))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is told of a config. Where nobody asked for curve or groups, they are None."""
+
+    config: RunConfig
+    origin: Origin
+    spec: DataSpec
+    vocabulary: str
+    device: torch.device
+    model: nn.Module
+    layers: Layer
+    flops: Flops
+    memory: Memory
+    curve: Curve | None
+    groups: list[dict[str, Any]] | None
+
+
+def show(config: RunConfig, origin: Origin, as_json: bool) -> int:
+    """Prints layers, parameters, FLOPs and memory, and what else the overrides are about; returns the exit code.
+
+    Args:
+        config: A checked config, of which `part_misfits` has nothing to tell.
+        origin: How it came about.
+        as_json: Whether a program reads it.
+    """
+    found = _find(config, origin)
+    if as_json:
+        print(json.dumps(_plain(found), indent=2))
+        return 0
+    console = Console(highlight=False)
+    if console.is_terminal:
+        _tell(found, console, "•")
+        return 0
+    console.width = _WIDTH
+    with console.capture() as lines:
+        _tell(found, console, "*")
+    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
+    return 0
+
+
+def _tell(found: Findings, console: Console, mark: str) -> None:
+    for title, table, note in _pages(found):
+        console.print(Text(title, style="bold"))
+        console.print(table)
+        console.print(Text(note, style="dim") if note else "", end="\n\n" if note else "\n")
+    if found.curve is not None:
+        console.print(_drawn(found.curve, found.config.schedule.part.name, mark))
+
+
+def _find(config: RunConfig, origin: Origin) -> Findings:
+    spec, vocabulary = _data(config, origin)
+    device = hardware.choose_device(config.train.device)
+    with torch.device("meta"):
+        model = config.model.build(spec)
+    try:
+        layers, flops = budget.trace(model, spec, config.loss.bind())
+        memory = budget.memory(config, spec, device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"a step of this config fails: {str(error).splitlines()[0]}") from error
+    curve = learning_rate(config, spec) if _given(origin, "schedule") else None
+    groups = param_groups(model) if _given(origin, "optim", "regularization") else None
+    return Findings(config, origin, spec, vocabulary, device, model, layers, flops, memory, curve, groups)
+
+
+def _given(origin: Origin, *groups: str) -> bool:
+    """Whether an override is about one of the groups."""
+    keys = (override.lstrip("+~").split("=", 1)[0] for override in origin.overrides)
+    return any(key.split(".")[0].split("@")[0] in groups for key in keys)
+
+
+def _data(config: RunConfig, origin: Origin) -> tuple[DataSpec, str]:
+    """The data's spec and where its vocabulary is from: the published model's where no data is named."""
+    spec = provisional(config.data.build(setup_for(config)), config)
+    published = config.model.values.get("published_vocab")
+    if spec.shape:
+        return spec, ""
+    if published and not _given(origin, "data", "tokenizer", "experiment"):
+        return replace(spec, vocab=published), "the published model's; name data to count with its own"
+    return spec, "at most, as the tokenizer is set" if "vocab_size" in config.tokenizer.values else "a guess"
+
+
+def learning_rate(config: RunConfig, spec: DataSpec) -> Curve:
+    """The learning rate over the run, at each step or, in a very long run, at evenly spaced ones."""
+    train, schedule = config.train, config.schedule.bind()
+    known = train.epochs is None and train.minutes is None
+    steps = Length(train, 0, spec.context).steps(0, 0.0) or _UNKNOWN
+    at = range(steps) if steps <= _EXACT else [round(i * (steps - 1) / (_EXACT - 1)) for i in range(_EXACT)]
+    peak = config.optim.values.get("lr", 1.0)
+    return Curve(steps, known, at, [peak * schedule(step, steps) for step in at])
+
+
+def _pages(found: Findings) -> list[tuple[str, Table, str]]:
+    """Title, table and note of each thing to tell."""
+    name = found.origin.option("model", found.config.model.part.name)
+    shape = " x ".join(map(str, found.spec.shape)) if found.spec.shape else f"{found.spec.context} tokens"
+    note = f"vocabulary {found.spec.vocab:,}: {found.vocabulary}" if found.vocabulary else ""
+    pages = [
+        (f"layers of {name}, for B samples of {shape}", _layer_table(found.layers), ""),
+        ("parameters", _parameter_table(found), note),
+        ("compute", _flop_table(found), _PAIRS if "attention" in budget.parts(found.model) else ""),
+        (f"memory of a step on {found.device.type}, {_precision(found)}", _memory_table(found), _memory_note(found)),
+    ]
+    return pages + ([("parameter groups", *_group_table(found))] if found.groups is not None else [])
+
+
+def _table(*columns: str) -> Table:
+    """The first column is of names, the others of numbers or words; a column named `>...` is flush right."""
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        show_header=any(c.strip(">") for c in columns),
+        header_style="dim",
+    )
+    for i, column in enumerate(columns):
+        right = column.startswith(">")
+        table.add_column(
+            column.lstrip(">"), style="" if i else "cyan", justify="right" if right else "left", no_wrap=right
+        )
+    return table
+
+
+def _layer_table(root: Layer) -> Table:
+    table = _table("layer", "kind", "output", ">parameters")
+
+    def add(layer: Layer, depth: int) -> None:
+        times = f"{layer.times} x " if layer.times > 1 else ""
+        shape = " x ".join(["B", *map(str, layer.shape)]) if layer.shape is not None else ""
+        count = f"{times}{layer.parameters:,}" if layer.parameters else ""
+        table.add_row("  " * depth + (layer.name or "model"), times + layer.kind, shape, count)
+        for child in layer.children:
+            add(child, depth + 1)
+
+    add(root, 0)
+    return table
+
+
+def _parameter_table(found: Findings) -> Table:
+    table = _table("", ">", ">", "")
+    head, counts, unused = getattr(found.model, "output", None), budget.parts(found.model), _unused(found.model)
+    notes, whole = dict[str, str](), sum(counts.values())
+    if isinstance(head, TokenHead) and head.linear is None:
+        counts, notes = {**counts, "output": counts.get("output", 0)}, {"output": "its matrix is the token embedding"}
+    for part, count in counts.items():
+        table.add_row(part, f"{count:,}", f"{count / whole:.1%}", notes.get(part, ""))
+    if unused:
+        table.add_row("unused rows", f"-{unused:,}", "", "only pad the vocabulary to a multiple of vocab_multiple")
+    table.add_row("total", f"{whole - unused:,}", "", short(whole - unused), style="bold")
+    table.add_row("trainable", f"{count_parameters(found.model):,}")
+    return table
+
+
+def _unused(model: nn.Module) -> int:
+    return int(getattr(model, "unused_parameters", 0))
+
+
+def _flop_table(found: Findings) -> Table:
+    forward, both = found.flops
+    batch = found.config.train.batch_size
+    table = _table("", ">", "")
+    table.add_row("forward", short(forward) + "FLOP", "per sample")
+    table.add_row("forward + backward", short(both) + "FLOP", "per sample")
+    table.add_row("optimizer step", short(both * batch) + "FLOP", f"{batch} samples")
+    return table
+
+
+def _memory_table(found: Findings) -> Table:
+    memory, train = found.memory, found.config.train
+    micro = train.batch_size // train.accumulate
+    split = f", 1 of {train.accumulate} micro-batches" if train.accumulate > 1 else ""
+    rows = [
+        ("weights", memory.weights, "float32"),
+        ("buffers", memory.buffers, "constants and running means"),
+        ("gradients", memory.gradients, "float32"),
+        ("optimizer state", memory.state, found.config.optim.part.name),
+        ("activations", memory.activations, f"kept for backward by {micro} samples{split}, logits included"),
+        ("  weight copies", memory.casts, "of these, in the type of the matrix products; no more for larger batches"),
+        ("peak", memory.peak, "lives at once at the fullest moment"),
+    ]
+    table = _table("", ">", "")
+    for name, size, what in rows:
+        if size or name in ("weights", "optimizer state"):
+            table.add_row(name, short(size) + "B", what, style="bold" if name == "peak" else "")
+    return table
+
+
+def _memory_note(found: Findings) -> str:
+    notes = [
+        "Found by a step of tensors without contents, with this device's kernels; beside it stand the data,",
+        "what libraries and drivers hold, and what the allocator leaves unused.",
+    ]
+    if found.config.train.compile != "off":
+        notes.append("Not compiled: compiling saves less for backward.")
+    if budget.hides_memory(found.model, found.device):
+        notes.append("The recurrent kernel hides what it keeps: activations and peak may be several times larger.")
+    return "\n".join(notes)
+
+
+def _precision(found: Findings) -> str:
+    return found.config.precision.build(found.device).why
+
+
+def _group_table(found: Findings) -> tuple[Table, str]:
+    table = _table("group", ">tensors", ">parameters", "what")
+    for group in found.groups or []:
+        count = sum(p.numel() for p in group["params"])
+        what = _WHAT.get(group["kind"], "")
+        table.add_row(group["kind"], str(len(group["params"])), f"{count:,}", what)
+        table.add_row("", "", "", Text(", ".join(_patterns(group["names"])), style="dim"))
+    decays = _decays(found.config)
+    told = ", ".join(f"{key}={value:g}" for key, value in decays.items())
+    return table, f"On those that shrink acts {told}." if told else "Nothing shrinks any: every decay is 0."
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Names of parameters, each once for all numbers in it: `blocks.*.ffn.up.weight`."""
+    starred = (".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
+    return list(dict.fromkeys(starred))
+
+
+def _decays(config: RunConfig) -> dict[str, float]:
+    given = {"optim": config.optim.values, "regularization": config.regularization.values}
+    found = {f"{group}.{k}": given[group].get(k) for group in given for k in ("weight_decay", "l1", "l2")}
+    return {key: value for key, value in found.items() if value}
+
+
+def _drawn(curve: Curve, schedule: str, mark: str) -> Text:
+    """The learning rate as a curve of marks, with what it is at its peak and its end."""
+    top = max(curve.rates) or 1.0
+    columns = min(_COLUMNS, len(curve.rates))
+    last = len(curve.rates) - 1
+    heights = [curve.rates[round(i * last / max(columns - 1, 1))] / top * _ROWS for i in range(columns)]
+    lines = [f"learning rate, schedule {schedule}", ""]
+    for row in range(_ROWS, -1, -1):
+        label = f"{top * row / _ROWS:.2e}" if row % 4 == 0 else ""
+        lines.append(f"{label:>9} |" + "".join(mark if round(h) == row else " " for h in heights).rstrip())
+    lines += [" " * 10 + "+" + "-" * columns, f"{'step':>9}  1{curve.steps:>{max(columns - 1, 1)}}", ""]
+    return Text("\n".join(lines + _curve_words(curve)))
+
+
+def _curve_words(curve: Curve) -> list[str]:
+    start, peak, end = curve.at[0] + 1, curve.at[curve.peak] + 1, curve.at[-1] + 1
+    warmup = f"rises over the first {peak} steps" if peak > 1 else "none"
+    words = [
+        f"  start   {curve.rates[0]:.4g} at step {start}",
+        f"  warmup  {warmup}",
+        f"  peak    {max(curve.rates):.4g} at step {peak}",
+        f"  end     {curve.rates[-1]:.4g} at step {end}",
+    ]
+    return (
+        words
+        if curve.known
+        else [*words, f"  The length depends on the data or the clock; drawn as if {_UNKNOWN} steps."]
+    )
+
+
+def _plain(found: Findings) -> dict[str, Any]:
+    """The same for a program: exact integers, bytes and FLOPs."""
+    train = found.config.train
+    total = sum(budget.parts(found.model).values()) - _unused(found.model)
+    plain: dict[str, Any] = {
+        "model": found.origin.option("model", found.config.model.part.name),
+        "data": asdict(found.spec),
+        "device": found.device.type,
+        "precision": _precision(found),
+        "batch_size": train.batch_size,
+        "accumulate": train.accumulate,
+        "layers": asdict(found.layers),
+        "parameters": {
+            "parts": budget.parts(found.model),
+            "unused": _unused(found.model),
+            "total": total,
+            "trainable": count_parameters(found.model),
+        },
+        "flops": {
+            "forward_per_sample": found.flops.forward,
+            "forward_backward_per_sample": found.flops.both,
+            "per_step": found.flops.both * train.batch_size,
+        },
+        "memory": found.memory._asdict(),
+    }
+    if found.curve is not None:
+        plain["schedule"] = {"steps": found.curve.steps, "known": found.curve.known} | _corners(found.curve)
+    if found.groups is not None:
+        counted = {g["kind"]: sum(p.numel() for p in g["params"]) for g in found.groups}
+        names = {g["kind"]: g["names"] for g in found.groups}
+        plain["groups"] = {kind: {"parameters": n, "names": names[kind]} for kind, n in counted.items()}
+    return plain
+
+
+def _corners(curve: Curve) -> dict[str, Any]:
+    return {
+        "start": curve.rates[0],
+        "peak": max(curve.rates),
+        "peak_step": curve.at[curve.peak] + 1,
+        "end": curve.rates[-1],
+    }
