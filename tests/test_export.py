@@ -25,6 +25,7 @@ from llmtrain.topics import option_values
 from llmtrain.types import DataSpec
 
 transformers = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()
 
 VOCAB, CONTEXT, PAD = 37, 12, 1
 SMALL: dict[str, Any] = {"layers": 2, "width": 24, "heads": 4, "context": CONTEXT, "vocab_multiple": 16}
@@ -62,7 +63,7 @@ def some_tokens(rows: int = 3) -> torch.Tensor:
 @torch.no_grad()
 def assert_same(ours: torch.nn.Module, theirs: Any, tokens: torch.Tensor, **given: Any) -> None:
     expected, got = ours(tokens), theirs(tokens, **given).logits
-    assert expected.std() > 0.3
+    assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -181,7 +182,7 @@ def test_each_value_of_each_knob_is_said_or_refused(name: str, data: DataSpec, t
             theirs, tokens = loaded(out), some_tokens(2)
             assert_same(given.model, theirs, tokens)
     assert all(f"model.{knob.partition('=')[0]}" in keys for knob, keys in refused.items()), refused
-    for always in ("norm=batchnorm", "position=alibi", "residual_scale=0.5", "parallel_block=True", "causal="):
+    for always in ("norm=batchnorm", "position=alibi", "residual_scale=0.5", "value_dim=", "causal="):
         assert any(knob.startswith(always) for knob in refused)
     for never in ("ffn_width", "norm_eps", "tied_embeddings", "dropout", "layers", "context"):
         assert not any(knob.startswith(f"{never}=") for knob in refused)

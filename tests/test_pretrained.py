@@ -17,6 +17,7 @@ from llmtrain.tokenizer import byte
 from llmtrain.types import DataSpec
 
 transformers = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()
 
 VOCAB, CONTEXT = 31, 12
 GPT2 = {"n_layer": 2, "n_embd": 24, "n_head": 3, "n_positions": CONTEXT, "vocab_size": VOCAB}

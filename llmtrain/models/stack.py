@@ -121,7 +121,12 @@ class Flow:
 
     def __str__(self) -> str:
         sizes = " x ".join(map(str, self.sizes))
-        return {"tokens": f"{sizes} tokens"}.get(self.kind, f"a {self.kind} of {sizes}").replace("a image", "an image")
+        return {
+            "tokens": f"{sizes} tokens",
+            "sequence": f"a sequence of {sizes}",
+            "image": f"an image of {sizes}",
+            "vector": f"a vector of {sizes}",
+        }[self.kind]
 
     def sequence(self, *sizes: int, causal: bool = True) -> Flow:
         """A sequence of (length, width) that comes of this."""
