@@ -375,6 +375,18 @@ def test_the_names_of_special_tokens_are_told(tmp_path: Path):
     assert len(set(told)) == 4 and None not in told
 
 
+def test_a_text_to_be_classified_begins_as_in_training(tmp_path: Path):
+    tokenizer = byte([]).with_tokens(("begin", "pad"))
+    data = DataSpec(vocab=tokenizer.vocab, context=CONTEXT, outputs=3, pad=tokenizer.pad)
+    export(trained("bert_base", data, tokenizer), "hf", tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    given = theirs(["ab", "cde"], padding=True)
+    a, b, c, d, e = (ord(letter) - ord("!") for letter in "abcde")
+    assert given["input_ids"] == [[tokenizer.begin, a, b, tokenizer.pad], [tokenizer.begin, c, d, e]]
+    assert given["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert tokenizer.encode("ab").tolist() == [a, b]  # the run's own is as it was
+
+
 def test_the_command_gives_exactly_its_knobs():
     assert set(option_values(".", "export")) == set(knobs_of(COMMANDS["export"]))
 

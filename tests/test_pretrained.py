@@ -32,7 +32,10 @@ OTHERS = {
 LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 300.0}
 CASES = {
     "gpt2": ("gpt2", GPT2),
-    "gpt2 untied": ("gpt2", GPT2 | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 40}),
+    "gpt2 untied": (
+        "gpt2",
+        GPT2 | {"tie_word_embeddings": False, "activation_function": "relu", "layer_norm_epsilon": 0.1},
+    ),
     "llama": ("llama", OTHERS | {"num_key_value_heads": 2, "rms_norm_eps": 1e-3}),
     "llama biased": ("llama", OTHERS | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama scaled": ("llama", OTHERS | {"head_dim": 10, "hidden_act": "gelu", "rope_parameters": LINEAR}),
@@ -40,7 +43,7 @@ CASES = {
     "qwen2": ("qwen2", OTHERS | {"num_key_value_heads": 1}),
     "qwen3": ("qwen3", OTHERS | {"num_key_value_heads": 2, "head_dim": 6}),
     "bert": ("bert", OTHERS | {"pad_token_id": 0}),
-    "bert untied": ("bert", OTHERS | {"tie_word_embeddings": False, "hidden_act": "relu", "type_vocab_size": 3}),
+    "bert untied": ("bert", OTHERS | {"tie_word_embeddings": False, "layer_norm_eps": 0.1, "type_vocab_size": 3}),
     "roberta": ("roberta", OTHERS | {"max_position_embeddings": CONTEXT + 2, "pad_token_id": 1, "type_vocab_size": 1}),
 }
 NO_DROPOUT = dict.fromkeys(
@@ -55,7 +58,10 @@ def theirs_of(case: str, outputs: int = 0, **more):
     kind, settings = CASES[case]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
-        kind, **(settings | NO_DROPOUT | more), attn_implementation="sdpa", **({"num_labels": outputs} if outputs else {})
+        kind,
+        **(settings | NO_DROPOUT | more),
+        attn_implementation="sdpa",
+        **({"num_labels": outputs} if outputs else {}),
     )
     masked = kind in ("bert", "roberta")
     auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
@@ -176,7 +182,9 @@ def test_models_saved_without_a_head_and_with_old_names(tmp_path: Path):
     bert = theirs_of("bert")
     bert.save_pretrained(tmp_path / "bert")
     file = tmp_path / "bert/model.safetensors"
-    renamed = {n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in load_file(file).items()}
+    renamed = {
+        n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t for n, t in load_file(file).items()
+    }
     assert any(name.endswith("gamma") for name in renamed)
     save_file(renamed, file)
     torch.testing.assert_close(ours_of(file.parent)(tokens), bert(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -202,6 +210,19 @@ def test_a_head_for_other_classes_starts_from_init_and_is_told(tmp_path: Path):
     assert ours.output.linear.weight.shape == (3, 24)
     assert torch.equal(ours.output.dense[0].weight, theirs.bert.pooler.dense.weight)
     assert "classifier.weight (5 classes there, 3 here)" in ours.notes[0]
+
+
+def test_dropout_is_that_of_the_folder(tmp_path: Path):
+    gpt2 = theirs_of("gpt2")
+    gpt2.config.update({"resid_pdrop": 0.1, "embd_pdrop": 0.2, "attn_pdrop": 0.3})
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    bert = theirs_of("bert")
+    bert.config.update({"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3})
+    bert.save_pretrained(tmp_path / "bert")
+    for name, after_embedding in (("gpt2", 0.2), ("bert", 0.1)):
+        model = ours_of(tmp_path / name)
+        block = model.blocks[0]
+        assert (model.embedding.dropout.p, block.dropout.p, block.attention.dropout) == (after_embedding, 0.1, 0.3)
 
 
 def test_a_check_reads_config_json_alone(tmp_path: Path):
@@ -250,6 +271,10 @@ def test_old_rope_settings_mean_the_same(tmp_path: Path):
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rotary positions of type llama3"),
         ("llama", {"attention_bias": True}, "attention_bias and mlp_bias of two kinds"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True, not False"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ from layer to layer"),
+        ("gpt2", {"n_head": "three"}, "heads=three must be integer >= 1"),
+        ("gpt2", {"vocab_size": 0}, "vocab_size=0 must be integer >= 1"),
+        ("roberta", {"max_position_embeddings": [1]}, "values of the wrong kind"),
         ("bert", {"is_decoder": True}, "is_decoder=True, not False"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type=relative_key, not absolute"),
     ],
