@@ -137,6 +137,15 @@ def test_a_roberta_whose_padding_is_a_word_becomes_a_bert(tmp_path: Path):
     assert_same(given.model, loaded(tmp_path / "out"), tokens)
 
 
+def test_a_roberta_with_another_activation_becomes_a_bert(tmp_path: Path):
+    """RoBERTa's head for tokens knows GELU alone; that for classes knows none."""
+    padded = DataSpec(vocab=VOCAB, context=CONTEXT, pad=PAD)
+    for data, name in ((padded, "BertForMaskedLM"), (CLASSES, "RobertaForSequenceClassification")):
+        given = trained("roberta_base", data, activation="relu")
+        assert name in str(export(given, "hf", tmp_path / name))
+        assert_same(given.model, loaded(tmp_path / name), some_tokens())
+
+
 # Every knob is said or refused
 
 OTHER_VALUES: dict[str, list[Any]] = {
