@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.data.loader import to_device
-from llmtrain.distributed import total
 from llmtrain.precision import Precision
 from llmtrain.tasks import Task
 from llmtrain.types import Samples
@@ -60,5 +59,5 @@ def evaluate(
                 sums = sums + score(*to_device(inputs, targets, mask, device)).double()
     model.train(training)
     assert isinstance(sums, Tensor), "there are held-out samples, or the data would have been refused"
-    metrics = task.metrics(total(sums).tolist(), count, weight)
+    metrics = task.metrics(sums.tolist(), count, weight)  # every process judges the same samples
     return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -16,8 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from llmtrain.folder import write_json
@@ -64,16 +67,17 @@ def export(trained: Trained, form: str, out: Path) -> list[tuple[str, str]]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError([Misfit("out", str(out), "is there already, and not empty; name another folder")])
     write = _WRITERS[form](trained)
+    out = out.absolute()
     work = out.with_name(f".writing-{out.name}")
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         rows = write(work)
         if trained.tokenizer is not None:
-            trained.tokenizer.save(work / "tokenizer.json")
+            _with_begin(trained).save(str(work / "tokenizer.json"))
         work.replace(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [*rows, ("folder", str(out))]
@@ -157,6 +161,17 @@ def _token_names(trained: Trained) -> dict[str, str]:
     return {f"{role}_token": name for role, name in names.items() if name is not None}
 
 
+def _with_begin(trained: Trained) -> tokenizers.Tokenizer:
+    """The tokenizer, beginning a sample as the model has seen them: data with classes puts a token before each."""
+    assert trained.tokenizer is not None
+    library = tokenizers.Tokenizer.from_str(trained.tokenizer.library.to_str())
+    begin = trained.tokenizer.begin
+    if trained.data.outputs and begin is not None:
+        name = library.id_to_token(begin)
+        library.post_processor = TemplateProcessing(single=[name, "$A"], special_tokens=[(name, begin)])
+    return library
+
+
 def _safetensors(trained: Trained) -> Writer:
     """The weights by our own names, and all that it takes to build the model again."""
     own = getattr(trained.model, "knobs", None)
@@ -228,7 +243,7 @@ def _quietly(form: str) -> Iterator[None]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except OSError:
+    except OSError:  # a disk that is full is told by the caller
         raise
     except Exception as error:  # whatever in a model cannot be traced, torch tells in many classes of its own
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import stat
@@ -70,6 +71,7 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         UserError: If another process holds it, or it cannot be written.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
@@ -85,7 +87,12 @@ def hold(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:  # refused before anything was written
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -108,7 +115,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_config(folder: Path, plain: dict[str, Any], overrides: list[str], choices: dict[str, str]) -> None:
-    """Writes `config.yaml` (every value, nothing to look up) and `overrides.yaml` (how it came about)."""
+    """Writes `config.yaml` (every value, nothing to look up) and `overrides.yaml` (how it came about).
+
+    Paths are written whole, so that the run can be opened from another folder.
+    """
+    plain = {group: _whole_path(values) for group, values in plain.items()}
     head = (
         "# Every value of this run. Train it again, changed or not:\n"
         "#   llmtrain train --config-dir THIS_FOLDER --config-name config run.name=NEW_NAME\n"
@@ -116,6 +127,12 @@ def write_config(folder: Path, plain: dict[str, Any], overrides: list[str], choi
     write_atomically(folder / "config.yaml", head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     came = {"overrides": overrides, "choices": choices}
     write_atomically(folder / "overrides.yaml", yaml.safe_dump(came, sort_keys=False, allow_unicode=True))
+
+
+def _whole_path(values: Any) -> Any:
+    if not isinstance(values, dict) or not isinstance(path := values.get("path"), str):
+        return values
+    return values | {"path": str(Path(path).expanduser().absolute())}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -136,4 +153,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON in one step."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_atomically(path, to_json(value, indent=2) + "\n")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: what is not a finite number is null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def earlier_metrics(folder: Path, step: int) -> dict[str, float]:
+    """The metrics that a run ended with at this step, if it has ended there before."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if record["step"] == step:
+            return dict(record["metrics"])
+    return {}

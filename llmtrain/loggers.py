@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmtrain.folder import write_atomically
+from llmtrain.folder import to_json, write_atomically
 from llmtrain.knobs import UserError
 
 
@@ -33,7 +33,7 @@ class JsonLines:
             UserError: If it cannot be written, as when the disk is full.
         """
         try:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(to_json({"step": step, **metrics}) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._file.name}: cannot be written: {error.strerror or error}") from None

@@ -124,7 +124,8 @@ def _train_in(
             screen.say(f"resumed from {source} at step {state.step}" + _changes(record, config))
         status = fit(state, job)
         screen.end()
-        result = Result(place, status, state.step, {**watcher.last, **state.last}, state.best, signal=stop.signal)
+        metrics = {**folder.earlier_metrics(place, state.step), **watcher.last, **state.last}
+        result = Result(place, status, state.step, metrics, state.best, signal=stop.signal)
         if status == "finished":
             result.sample = _sample(scene)
             result.metrics |= _test(scene)

@@ -229,6 +229,14 @@ def test_the_family_that_comes_nearest_is_named(name: str, changed: dict, neares
     assert second.key == f"model.{next(iter(changed))}"
 
 
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        export(trained("gpt_nano"), "hf", tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="is there already"):
+        export(trained("gpt_nano"), "hf", tmp_path / "file")
+
+
 def test_what_is_no_transformer_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"model.name=linear: is no Transformer"):
         export(Trained(torch.nn.Linear(2, 2), "linear", {}, DataSpec(shape=(2,)), None), "hf", tmp_path / "out")

@@ -127,3 +127,10 @@ def test_tensorboard_of_a_resumed_run_shows_no_step_twice(
     board.close()
     expected = [(s, (100.0 if s <= resumed_at else 200.0) + s) for s in range(1, 8)]
     assert scalars(tmp_path) == {"train/loss": expected, "val/loss": expected}
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "metrics.jsonl", 0)
+    log.write(1, {"loss": float("nan"), "lr": 0.5, "grad_norm": float("inf")})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "lr": 0.5, "grad_norm": null}\n'

@@ -574,3 +574,19 @@ def test_the_seed_makes_the_run(place: Path, control: dict[str, Any]) -> None:
     assert not {line["loss"] for line in other["metrics"] if "loss" in line} & {
         line["loss"] for line in control["metrics"] if "loss" in line
     }
+
+
+def test_resuming_what_is_finished_changes_nothing(place: Path, control: dict[str, Any]) -> None:
+    run = place / "runs/control"
+    before = json.loads((run / "result.json").read_text())
+    finish(place, "control")
+    after = json.loads((run / "result.json").read_text())
+    assert after.pop("sample") is not None and before.pop("sample") is not None
+    assert after == before and {"loss", "lr", "val_loss"} <= set(after["metrics"])
+
+
+def test_a_refused_start_leaves_no_folder(place: Path) -> None:
+    words = tiny(place, *SETTINGS, "run.name=other", "data.context=8", f"resume={place / 'runs/control'}")
+    code, text = llmtrain([word if word != "tokenizer=byte" else "tokenizer=char" for word in words], place)
+    assert code == 2 and "holds another model" in text or "was trained on other data" in text
+    assert not (place / "runs/other").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import llmtrain, steps, train
+from runs import llmtrain, steps, tiny, train, write_text
 
 SETTINGS = ["train.steps=12", "checkpoint.every=4", "checkpoint.keep=9", "eval.every=4", "eval.batches=null"]
 PROMPT = ["sample.prompt='the '", "sample.tokens=40", "sample.seed=3", "sample.temperature=1.3"]
@@ -174,7 +174,8 @@ def test_own_parts_need_trust_here_too(place: Path) -> None:
     config = (run / "config.yaml").read_text()
     assert "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n" in config
     own = config.replace(
-        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n", "name: noisy_parts:noisy\n  scale: 1.0\n"
+        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n",
+        "name: noisy_parts:noisy\n  scale: 1.0\n",
     )
     (run / "config.yaml").write_text(own)
     for command in ("eval", "generate"):
@@ -182,3 +183,40 @@ def test_own_parts_need_trust_here_too(place: Path) -> None:
         assert code == 2
         assert "is code from outside; it runs only with --trust noisy_parts" in text
         assert llmtrain([command, f"run={run}", "--trust", "noisy_parts"], place)[0] == 0
+
+
+def test_a_run_can_be_judged_from_another_folder(place: Path, tmp_path: Path) -> None:
+    """Its data was named relative to where it was started."""
+    write_text(tmp_path)
+    words = tiny(tmp_path, "data.path=text.txt", "run.name=here")
+    assert llmtrain(words, tmp_path, cwd=tmp_path)[0] == 0
+    code, text = llmtrain(["eval", f"run={tmp_path / 'runs/here'}", "device=cpu"], place, cwd=place)
+    assert code == 0, text
+
+
+def test_labelled_data_has_a_test_that_can_be_looked_at_again(place: Path) -> None:
+    given = [
+        "data=digits",
+        "model=linear",
+        "optim.lr=0.02",
+        "train.steps=60",
+        "train.batch_size=64",
+        f"run.dir={place / 'runs'}",
+    ]
+    code, text = llmtrain(["train", *given, "run.name=digits", "precision=fp32"], place)
+    assert code == 0, text
+    metrics = json.loads((place / "runs/digits/result.json").read_text())["metrics"]
+    assert f"accuracy {metrics['test_accuracy']:.2%}" in text and metrics["test_accuracy"] > 0.5
+    for split in ("test", "val"):
+        words = ["eval", f"run={place / 'runs/digits'}", f"split={split}", "checkpoint=last", "device=cpu"]
+        code, text = llmtrain(words, place)
+        assert code == 0, text
+        record = json.loads((place / "runs/digits/eval.json").read_text())
+        assert record[f"{split}_accuracy"] == pytest.approx(metrics[f"{split}_accuracy"])
+    code, text = llmtrain(["generate", f"run={place / 'runs/digits'}", "device=cpu"], place)
+    assert code == 2 and "was trained for classification" in text
+
+
+def test_text_has_no_test(run: Path, place: Path) -> None:
+    code, text = llmtrain(["eval", f"run={run}", "split=test", "device=cpu"], place)
+    assert code == 2 and "keeps no test samples" in text
