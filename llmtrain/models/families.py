@@ -411,7 +411,7 @@ def to_config(family: Family, model: Transformer, knobs: Mapping[str, Any], data
 
 
 class Unreadable(ValueError):
-    """A config of transformers that means no knobs here: key, value and rule."""
+    """A config of transformers that means no knobs here; says what is in the way."""
 
 
 def from_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
@@ -453,6 +453,8 @@ def _rope_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     said |= config.get("rope_parameters") or {}
     kind = said.get("rope_type", said.get("type", "default"))
     partial = said.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if any(isinstance(value, dict) for value in said.values()):
+        raise Unreadable("has rotary positions that differ from layer to layer, for which there is no knob")
     if kind not in ("default", "linear") or partial != 1.0:
         raise Unreadable(f"has rotary positions of type {kind}, share {partial}; there are default and linear, 1.0")
     return {"rope_base": float(said["rope_theta"]), "rope_scaling": float(said.get("factor") or 1.0)}

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmtrain.build import find, validate
 from llmtrain.knobs import ConfigError, Count, Misfit, UserError, require
 from llmtrain.models.families import Family, Unreadable, from_config, links
 from llmtrain.models.transformer import Transformer, transformer
@@ -43,11 +44,7 @@ def hf(data: DataSpec, *, path: str, context: Count | None) -> Transformer:
         ConfigError: If the folder cannot be used, or asks for what no knob says.
     """
     folder = Path(path).expanduser()
-    config = _read_config(folder, path)
-    try:
-        family, knobs = from_config(config)
-    except Unreadable as error:
-        raise _refused(path, str(error)) from None
+    family, knobs, vocab = _read_knobs(_read_config(folder, path), path)
     require(
         context=(
             context is None or knobs["position"] != "learned" or context <= knobs["context"],
@@ -56,9 +53,9 @@ def hf(data: DataSpec, *, path: str, context: Count | None) -> Transformer:
         )
     )
     knobs["context"] = context or knobs["context"]
-    model = transformer(replace(data, vocab=config["vocab_size"]), **knobs)
+    model = transformer(replace(data, vocab=vocab), **knobs)
     setattr(model, "knobs", knobs)  # noqa: B010
-    setattr(model, "load_pretrained", partial(_load, model, family, folder, data, config["vocab_size"]))  # noqa: B010
+    setattr(model, "load_pretrained", partial(_load, model, family, folder, data, vocab))  # noqa: B010
     return model
 
 
@@ -88,6 +85,22 @@ def _read_config(folder: Path, path: str) -> dict[str, Any]:
     return config
 
 
+def _read_knobs(config: Mapping[str, Any], path: str) -> tuple[Family, dict[str, Any], int]:
+    """What a config means here, its values held against our own schema; and the size of its vocabulary."""
+    try:
+        family, knobs = from_config(config)
+    except Unreadable as error:
+        raise _refused(path, str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise _refused(path, f"has a config.json with values of the wrong kind: {error}") from None
+    vocab = {"vocab_size": config["vocab_size"]}
+    values, misfits = validate({**find("model", "transformer").knobs, "vocab_size": Count}, {**knobs, **vocab})
+    if misfits:
+        told = "; ".join(f"{misfit.key}={misfit.value} {misfit.rule}" for misfit in misfits)
+        raise _refused(path, f"has a config.json that means no model here: {told}")
+    return family, {knob: values[knob] for knob in knobs}, values["vocab_size"]
+
+
 def _load(model: Transformer, family: Family, folder: Path, data: DataSpec, vocab: int) -> None:
     """Reads the weights of a folder into its model, and notes which layers of the output the folder has not.
 
@@ -97,7 +110,7 @@ def _load(model: Transformer, family: Family, folder: Path, data: DataSpec, voca
     if data.vocab > vocab:
         raise UserError(
             f"model.path={folder}: knows {vocab} tokens and the data has {data.vocab}; "
-            "tokenizer=model takes the tokenizer that the model was trained with"
+            "tokenizer=model takes the tokenizer that the model was trained with (tokens that a task adds count too)"
         )
     try:
         tensors = _open(folder)
