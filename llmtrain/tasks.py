@@ -147,7 +147,7 @@ def masked_lm(
             draw = np.random.default_rng([*key, 15])  # a stream of its own, apart from the order of the data
             asked[row] &= _chosen(inputs[row], asked[row], mask_rate, words_of, draw)
             fate = draw.random(inputs.shape[1])
-            random_tokens: np.ndarray = draw.integers(0, spec.vocab, inputs.shape[1])
+            random_tokens = draw.integers(0, spec.vocab, size=(inputs.shape[1],))
             hidden[row, asked[row] & (fate < mask_share)] = mask_id
             replaced = asked[row] & (fate >= mask_share) & (fate < together)
             hidden[row, replaced] = random_tokens[replaced]

@@ -14,8 +14,8 @@ import torch
 from conftest import Said
 
 from llmtrain import __version__
-from llmtrain.cli import COMMANDS
 from llmtrain.build import GROUPS, parts
+from llmtrain.cli import COMMANDS
 from llmtrain.config import SECTIONS
 
 # A run that takes no time, on text and in folders of its own.
@@ -561,7 +561,10 @@ def complete(call, monkeypatch: pytest.MonkeyPatch):
         ("llmtrain  train  optim=sgd  optim.mom", {"optim.momentum="}),
         ("llmtrain train -m optim=ad", {"optim=adam", "optim=adamw"}),
         ("llmtrain train --trust own optim.l", {"optim.lr="}),
-        ("llmtrain train experiment=", {f"experiment={name}" for name in ("gpt2", "stack_digits", "stack_text")}),
+        (
+            "llmtrain train experiment=",
+            {f"experiment={name}" for name in ("bert", "gpt2", "stack_digits", "stack_text")},
+        ),
         ("llmtrain eval check", {"checkpoint="}),
         ("llmtrain generate temp", {"temperature="}),
         ("llmtrain explain optim.beta", {"optim.beta1", "optim.beta2"}),
