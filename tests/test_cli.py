@@ -17,6 +17,7 @@ from llmtrain import __version__
 from llmtrain.build import GROUPS, parts
 from llmtrain.cli import COMMANDS
 from llmtrain.config import SECTIONS
+from llmtrain.topics import options
 
 # A run that takes no time, on text and in folders of its own.
 TINY = (
@@ -563,7 +564,7 @@ def complete(call, monkeypatch: pytest.MonkeyPatch):
         ("llmtrain train --trust own optim.l", {"optim.lr="}),
         (
             "llmtrain train experiment=",
-            {f"experiment={name}" for name in ("bert", "gpt2", "stack_digits", "stack_text")},
+            {f"experiment={name}" for name in options("experiment")},
         ),
         ("llmtrain eval check", {"checkpoint="}),
         ("llmtrain generate temp", {"temperature="}),
