@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +144,24 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, 
         return torch.bmm(weights, v).view(B, H, T, -1)
 
 
+class View(NamedTuple):
+    """What tokens see of each other, the same in every layer.
+
+    Attributes:
+        mask: See `attend`.
+        causal: See `attend`.
+        rotary: Cosines and sines (T, R/2) by which queries and keys are turned, or None.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = True
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+BACK = View()
+"""Each token sees itself and those before it."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; several heads of queries may share one of keys and values.
 
@@ -181,14 +200,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
         self.out = nn.Linear(heads * value_dim, width, bias=bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        causal: bool = True,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, view: View = BACK, cache: Cache | None = None) -> Tensor:
         """X (B, T, C) -> (B, T, C); with a cache, x holds only the tokens that are new to it."""
         B, T, _ = x.shape
         H, K, D, V = self.heads, self.kv_heads, self.head_dim, self.value_dim
@@ -196,14 +208,14 @@ class Attention(nn.Module):
         q = self.q_norm(q.view(B, T, H, D).transpose(1, 2))
         k = self.k_norm(k.view(B, T, K, D).transpose(1, 2))
         v = v.view(B, T, K, V).transpose(1, 2)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if view.rotary is not None:
+            q, k = rotate(q, *view.rotary), rotate(k, *view.rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
         if K != H:
             k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
         dropout = self.dropout if self.training else 0.0
-        y = attend(q.type_as(v), k.type_as(v), v, mask, causal, dropout, self.softcap)
+        y = attend(q.type_as(v), k.type_as(v), v, view.mask, view.causal, dropout, self.softcap)
         return self.out(y.transpose(1, 2).reshape(B, T, H * V))
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from llmtrain.knobs import Count, Fraction, Natural, Portion, Positive, Share, require
 from llmtrain.models.layers import (
     ACTIVATIONS,
+    BACK,
     GATES,
     Attention,
     Cache,
     DropPath,
     FeedForward,
+    View,
     alibi_slopes,
     make_norm,
     rotary_angles,
@@ -410,20 +412,13 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.place, self.scale = place, scale
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        causal: bool = True,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, view: View = BACK, cache: Cache | None = None) -> Tensor:
         """X (B, T, C) -> (B, T, C)."""
         if self.place == "post":
-            x = self.norm1(x + self._branch(self.attention(x, mask, causal, rotary, cache)))
+            x = self.norm1(x + self._branch(self.attention(x, view, cache)))
             return self.norm2(x + self._branch(self.ffn(x)))
         read = self.norm1(x)
-        attended = self.after1(self.attention(read, mask, causal, rotary, cache))
+        attended = self.after1(self.attention(read, view, cache))
         if self.place == "parallel":
             return x + self._branch(attended + self.ffn(read))
         x = x + self._branch(attended)
@@ -517,10 +512,10 @@ class Transformer(nn.Module):
         start = caches[0].length if caches else 0
         end = start + tokens.size(1)
         rotary = (self.cos[start:end], self.sin[start:end]) if self.rotates else None
-        mask, causal = self.sight.mask(tokens, start)
+        view = View(*self.sight.mask(tokens, start), rotary)
         x = self.embedding(tokens, start)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask, causal, rotary, caches[i] if caches else None)
+            x = block(x, view, caches[i] if caches else None)
         x = self.norm(x)
         if isinstance(self.output, TokenHead):
             return self.output(x, self.embedding.tokens.weight)
