@@ -10,7 +10,7 @@ import torch
 from toy import make_job, make_state, make_train, make_windows, preset
 
 from llmtrain import checkpoint, hardware, loop, precision
-from llmtrain.build import find
+from llmtrain.build import choose, find
 from llmtrain.config import Sample
 from llmtrain.generate import tokens
 from llmtrain.init import gpt2
@@ -21,6 +21,7 @@ from llmtrain.optim.adaptive import adam
 from llmtrain.optim.groups import param_groups
 from llmtrain.run import _compiled, summed
 from llmtrain.schedules import cosine
+from llmtrain.topics import option_values
 from llmtrain.types import DataSpec
 
 pytestmark = pytest.mark.gpu
@@ -353,3 +354,52 @@ def test_greedy_text_is_that_of_uncached_logits():
 def test_the_device_is_chosen_and_named():
     assert hardware.choose_device("auto").type == hardware.choose_device("cuda").type == "cuda"
     assert hardware.device_name(DEVICE) == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"position": "alibi", "window": 16},
+        {"position": "rope", "kv_heads": 1, "qk_norm": True, "activation": "swiglu", "norm": "rmsnorm"},
+        {"attention_softcap": 3.0, "logit_softcap": 5.0, "norm_place": "sandwich"},
+        {"causal": False, "norm_place": "post", "head": "transform", "head_bias": True, "norm": "batchnorm"},
+        {"value_dim": 16, "head_dim": 8, "parallel_block": True, "position": "sinusoidal"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_transformer_is_that_of_the_cpu(knobs):
+    """Outputs and gradients in float32."""
+    tokens = torch.randint(0, VOCAB, (2, 48), generator=torch.Generator().manual_seed(1))
+    make_precision("fp32")
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make_nano(**knobs).to(device).train()
+        logits = model(tokens.to(device))
+        logits.square().mean().backward()
+        results.append([logits.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("option", "spec"),
+    [
+        ("cnn", DataSpec(shape=(1, 8, 8), outputs=10)),
+        ("resnet18", DataSpec(shape=(3, 64, 64), outputs=10)),
+        ("lstm", DataSpec(vocab=VOCAB, context=32)),
+        ("gru", DataSpec(vocab=VOCAB, context=32, outputs=3, pad=0)),
+        ("textcnn", DataSpec(vocab=VOCAB, context=32, outputs=3, pad=0)),
+        ("mlp", DataSpec(shape=(1, 8, 8), outputs=10)),
+        ("stack", DataSpec(vocab=VOCAB, context=32)),
+    ],
+)
+def test_the_other_architectures_are_those_of_the_cpu(option, spec):
+    choice, misfits = choose("model", option_values("model", option))
+    assert not misfits
+    make_precision("fp32")
+    torch.manual_seed(0)
+    model = choice.build(spec).eval()
+    inputs = torch.rand(4, *spec.shape) if spec.shape else torch.randint(1, VOCAB, (4, spec.context))
+    with torch.no_grad():
+        expected = model(inputs)
+        torch.testing.assert_close(model.to(DEVICE)(inputs.to(DEVICE)).cpu(), expected, atol=1e-3, rtol=1e-3)

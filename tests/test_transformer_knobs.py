@@ -215,7 +215,7 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 def test_alibi_and_window_in_the_scores():
     model = model_of({"position": "alibi", "window": 3, "heads": 2})
-    mask, causal = model.sight.mask(tokens_of(1, 6), start=0)
+    mask, causal = model.sight.mask(tokens_of(1, 6), 0, model.slopes)
     assert mask is not None and not causal
     for h, i, j in itertools.product(range(2), range(6), range(6)):
         expected = -alibi_slopes(2)[h] * (i - j) if 0 <= i - j < 3 else -math.inf

@@ -255,9 +255,10 @@ def transformer(
         blocks,
         nn.Identity() if norm_place == "post" else a_norm(),
         output,
-        Sight(causal, window, alibi_slopes(heads) if position == "alibi" else None, data.pad),
+        Sight(causal, window, data.pad),
         context=context,
         rope=rotary_angles(context, rotated, rope_base, rope_scaling) if position == "rope" else None,
+        slopes=alibi_slopes(heads) if position == "alibi" else None,
     )
     per_row = width * (1 if tied_embeddings or data.outputs else 2) + (head_bias and not data.outputs)
     model.unused_parameters = (padded_vocab - data.vocab) * per_row
@@ -312,20 +313,24 @@ class Sight(NamedTuple):
     Attributes:
         causal: Only those before it, and itself.
         window: Only those nearer than this, or None.
-        slopes: (H,) what a token of distance takes off the scores, or None.
         pad: The token that nobody sees, or None.
     """
 
     causal: bool
     window: int | None
-    slopes: Tensor | None
     pad: int | None
 
-    def mask(self, tokens: Tensor, start: int) -> tuple[Tensor | None, bool]:
-        """For tokens (B, T) after `start` others: a mask for `layers.attend`, and whether plainly causal."""
+    def mask(self, tokens: Tensor, start: int, slopes: Tensor | None = None) -> tuple[Tensor | None, bool]:
+        """For tokens (B, T) after `start` others: a mask for `layers.attend`, and whether plainly causal.
+
+        Args:
+            tokens: Token ids.
+            start: Tokens before these.
+            slopes: (H,) what a token of distance takes off the scores, or None.
+        """
         T = tokens.size(1)
         padded = self.pad is not None and start == 0  # what goes on with a text has no padding
-        plain = self.window is None and self.slopes is None and not padded
+        plain = self.window is None and slopes is None and not padded
         if plain and (not self.causal or start == 0 or T == 1):
             return None, self.causal and T > 1
         here = torch.arange(start, start + T, device=tokens.device)
@@ -336,9 +341,9 @@ class Sight(NamedTuple):
         if padded:
             assert self.pad is not None
             seen = seen & tokens.ne(self.pad)[:, None, None, :]
-        if self.slopes is None:
+        if slopes is None:
             return seen, False
-        lowered = -self.slopes.to(tokens.device)[:, None, None] * ahead.abs()
+        lowered = -slopes[:, None, None] * ahead.abs()
         return lowered.masked_fill(~seen, float("-inf")), False
 
 
@@ -486,6 +491,7 @@ class Transformer(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    slopes: Tensor | None
 
     def __init__(
         self,
@@ -497,13 +503,15 @@ class Transformer(nn.Module):
         *,
         context: int,
         rope: Tensor | None,
+        slopes: Tensor | None,
     ):
         super().__init__()
         self.embedding, self.blocks, self.norm, self.output = embedding, nn.ModuleList(blocks), norm, output
         self.sight, self.context, self.causal = sight, context, sight.causal
         self.unused_parameters = 0
         self.rotates = rope is not None
-        if rope is not None:  # constants, not state: computed anew, never saved
+        self.register_buffer("slopes", slopes, persistent=False)  # constants are no state: computed anew, never saved
+        if rope is not None:
             self.register_buffer("cos", rope.cos().float(), persistent=False)
             self.register_buffer("sin", rope.sin().float(), persistent=False)
 
@@ -512,7 +520,7 @@ class Transformer(nn.Module):
         start = caches[0].length if caches else 0
         end = start + tokens.size(1)
         rotary = (self.cos[start:end], self.sin[start:end]) if self.rotates else None
-        view = View(*self.sight.mask(tokens, start), rotary)
+        view = View(*self.sight.mask(tokens, start, self.slopes), rotary)
         x = self.embedding(tokens, start)
         for i, block in enumerate(self.blocks):
             x = block(x, view, caches[i] if caches else None)
