@@ -181,16 +181,15 @@ from llmtrain.hardware import keep_freed_memory
 told = sys.argv[1] == "keep" and keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    kept = [torch.ones(2**21) for _ in range(10)]
+    torch.ones(2**24)  # larger than what glibc ever keeps by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(), faults()
-print(told, faults())
+faults()
+print(told, min(faults() for _ in range(3)))
 """
-    pages = 10 * 2**21 * 4 // os.sysconf("SC_PAGE_SIZE")
     told, kept = run_python(code, "keep").split()
+    left = run_python(code, "leave").split()[1]
     assert told == "True"
-    assert int(kept) < pages / 3
-    assert int(run_python(code, "leave").split()[1]) > pages * 2 / 3
+    assert int(left) > 10 + 10 * int(kept)  # 16384 pages, or 32 where all pages are huge
     assert run_python(code, "keep", MALLOC_TOP_PAD_="0").startswith("False")  # what the user says stands
 
 

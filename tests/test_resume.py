@@ -586,8 +586,8 @@ def test_resuming_what_is_finished_changes_nothing(place: Path, control: dict[st
 
 
 def test_a_refused_start_leaves_no_folder(place: Path) -> None:
-    words = tiny(place, *SETTINGS, "run.name=other", "data.context=8", f"resume={place / 'runs/control'}")
+    words = tiny(place, *SETTINGS, "run.name=refused", "data.context=8", f"resume={place / 'runs/control'}")
     code, text = llmtrain([word if word != "tokenizer=byte" else "tokenizer=char" for word in words], place)
     assert code == 2
     assert "holds another model" in text or "was trained on other data" in text
-    assert not (place / "runs/other").exists()
+    assert not (place / "runs/refused").exists()
