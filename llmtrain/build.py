@@ -175,7 +175,8 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
 
 def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Misfit:
     if key not in schema:
-        return Misfit(key, given[key], "no such knob; there are " + ", ".join(schema), nearest(key, schema))
+        known = "there are " + ", ".join(schema) if schema else "it has none"
+        return Misfit(key, given[key], f"no such knob; {known}", nearest(key, schema))
     rule = "must be " + describe(schema[key])
     if key not in given:
         return Misfit(key, "(missing)", "has no value; it " + rule)

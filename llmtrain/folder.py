@@ -151,6 +151,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_choices(folder: Path) -> dict[str, str]:
+    """The options that a run was composed of, by group; none where that was not written down."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return dict(yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))["choices"])
+    return {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON in one step."""
     write_atomically(path, to_json(value, indent=2) + "\n")

@@ -90,8 +90,13 @@ def blank(spec: DataSpec, batch: int = 1) -> Tensor:
 def count_flops(model: nn.Module, inputs: Tensor) -> int:
     """FLOPs of one forward pass over `inputs`, by torch's counter; on the meta device nothing is computed."""
     counter = FlopCounterMode(display=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:  # the counter would hook into a gradient that there is none of
+        parameter.requires_grad_(False)
     with counter, torch.no_grad():
         model(inputs)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return counter.get_total_flops()
 
 

@@ -38,7 +38,8 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         except ConfigError as error:
             misfits.extend(m.under(prefix) if prefix else m for m in error.misfits)
         except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no machine can hold
-            misfits.append(Misfit(prefix, "as given", f"cannot be built: {str(error).splitlines()[0]}"))
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            misfits.append(Misfit(prefix, "as given", f"cannot be built or cannot take this data: {why}"))
 
     misfits += _sizes(config) + _decays(config)
     if config.run is not None:
@@ -129,9 +130,12 @@ def _unscorable(task: Task, model: nn.Module, spec: DataSpec, loss: Choice | Non
     """A loss that cannot be taken of what this model says of this task."""
     if loss is None:
         return []
-    outputs, targets = model.eval()(hardware.blank(spec)), blank_targets(task, spec)
+    batch = spec.outputs + 1  # another number than that of the outputs, for shapes that fit by chance alone
+    outputs, targets = model.eval()(hardware.blank(spec, batch)), blank_targets(task, spec, batch)
     try:
         fits = loss.build(outputs, targets).shape == (targets.shape[:1] if task.numbers else targets.shape)
+    except ConfigError as error:
+        return [misfit.under("loss") for misfit in error.misfits]
     except (RuntimeError, ValueError, IndexError):
         fits = False
     kind = "numbers, as mse and mae do" if task.numbers else "classes, as cross_entropy does"

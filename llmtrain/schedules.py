@@ -1,14 +1,26 @@
 """Learning-rate schedules (config group `schedule`): pure functions of the step that multiply `optim.lr`.
 
 Each takes the step (0 is the first) and the length of the run in steps, and returns a number from 0 to 1.
-All begin with a linear warm-up from 1/warmup to 1. Only the step is ever saved.
+All but one_cycle, which has a rise of its own, begin with a linear warm-up from 1/warmup to 1. A warm-up that
+is longer than the run is cut off where the run ends. Only the step is ever saved.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from llmtrain.knobs import Fraction, Length, Share
+from llmtrain.knobs import Count, Fraction, Length, Positive, Share, require
+
+
+def _count(length: float, steps: int) -> int:
+    """The steps that a length stands for: below 1 a fraction of the run, from 1 on a number of steps."""
+    return round(length * steps) if length < 1 else int(length)
+
+
+def _progress(step: int, first: int, last: int) -> float:
+    """How much of the way from one step to another lies behind: 0 at the first, also if that is the last, then to 1."""
+    return min(max((step - first) / max(last - first, 1), 0.0), 1.0)
 
 
 def _warm(step: int, steps: int, warmup: float) -> tuple[float, float]:
@@ -16,10 +28,20 @@ def _warm(step: int, steps: int, warmup: float) -> tuple[float, float]:
 
     That is 0 at the first step after it and 1 at the last; one that is both is at the peak.
     """
-    length = round(warmup * steps) if warmup < 1 else int(warmup)
-    if step < length:
-        return (step + 1) / length, 0.0
-    return 1.0, min((step - length) / max(steps - 1 - length, 1), 1.0)
+    length = _count(warmup, steps)
+    return min((step + 1) / max(length, 1), 1.0), _progress(step, length, steps - 1)
+
+
+def _fall(shape: str, t: float) -> float:
+    """A fall from 1 at t = 0 to 0 at t = 1."""
+    if shape == "cosine":
+        return (1 + math.cos(math.pi * t)) / 2
+    return 1 - (math.sqrt(t) if shape == "one_minus_sqrt" else t)
+
+
+def _between(high: float, low: float, share: float) -> float:
+    """The number that lies that share of the way from `low` up to `high`."""
+    return low + (high - low) * share
 
 
 def constant(step: int, steps: int, *, warmup: Length) -> float:
@@ -43,7 +65,38 @@ def cosine(step: int, steps: int, *, warmup: Length, floor: Fraction) -> float:
         floor: Multiplier at the last step. Raise: keeps learning to the end. Lower: settles deeper; 0 ends at 0.
     """
     warm, t = _warm(step, steps, warmup)
-    return warm * (floor + (1 - floor) * (1 + math.cos(math.pi * t)) / 2)
+    return warm * _between(1, floor, _fall("cosine", t))
+
+
+def cosine_restarts(
+    step: int, steps: int, *, warmup: Length, cycles: Count, cycle_multiplier: Positive, decay: Share, floor: Fraction
+) -> float:
+    """Cosines that begin again at the peak: warm restarts, SGDR (Loshchilov & Hutter 2017, arXiv:1608.03983).
+
+    The time after the warm-up is divided into cycles. Cycle i (from 0) is `cycle_multiplier`^i as long as the
+    first and falls from floor + (1 - floor) decay^i towards `floor`, which the last step reaches. One cycle is
+    the schedule cosine.
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate first rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        cycles: Number of falls, one more than there are restarts. Raise: more and shorter ones, which leave poor
+            regions more often. Lower: each has longer to settle; 1 never restarts.
+        cycle_multiplier: Length of each cycle over that of the one before. Raise: short cycles at the start, a long
+            one at the end; the paper takes 2. Lower: more equal ones; 1 makes all alike, less lets them shrink.
+        decay: Height of each restart above the floor over that of the one before. Raise: restarts that shake more;
+            1 goes back to the peak, as in the paper. Lower: gentler ones.
+        floor: Multiplier at the end of each cycle. Raise: keeps learning to its end. Lower: settles deeper; 0 ends
+            at 0.
+    """
+    warm, t = _warm(step, steps, warmup)
+    lengths = [cycle_multiplier**i for i in range(cycles)]
+    whole, begin, cycle = sum(lengths), 0.0, 0
+    while cycle < cycles - 1 and t > (begin + lengths[cycle]) / whole - 1e-12:  # a restart may be rounded down
+        begin += lengths[cycle]
+        cycle += 1
+    within = min(max((t * whole - begin) / lengths[cycle], 0.0), 1.0)
+    return warm * _between(1, floor, decay**cycle * _fall("cosine", within))
 
 
 def linear(step: int, steps: int, *, warmup: Length, floor: Fraction) -> float:
@@ -55,7 +108,21 @@ def linear(step: int, steps: int, *, warmup: Length, floor: Fraction) -> float:
         floor: Multiplier at the last step. Raise: keeps learning to the end. Lower: settles deeper; 0 ends at 0.
     """
     warm, t = _warm(step, steps, warmup)
-    return warm * (1 - (1 - floor) * t)
+    return warm * _between(1, floor, _fall("linear", t))
+
+
+def polynomial(step: int, steps: int, *, warmup: Length, power: Positive, floor: Fraction) -> float:
+    """A power of the time that is left: floor + (1 - floor) (1 - t)^power.
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        power: Exponent. Raise: falls early and ends in a long tail. Lower: stays high and falls late; 1 is the
+            straight line.
+        floor: Multiplier at the last step. Raise: keeps learning to the end. Lower: settles deeper; 0 ends at 0.
+    """
+    warm, t = _warm(step, steps, warmup)
+    return warm * _between(1, floor, (1 - t) ** power)
 
 
 def exponential(step: int, steps: int, *, warmup: Length, floor: Share) -> float:
@@ -68,3 +135,124 @@ def exponential(step: int, steps: int, *, warmup: Length, floor: Share) -> float
     """
     warm, t = _warm(step, steps, warmup)
     return warm * floor**t
+
+
+def step(step: int, steps: int, *, warmup: Length, every: Positive, gamma: Share, floor: Fraction) -> float:
+    """Stairs: the rate is multiplied by `gamma` after each `every` steps, counted from the start of the run.
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        every: Steps (from 1 on) or fraction of the run (below 1) that a stair is long, one step at least.
+            Raise: fewer decays. Lower: more of them.
+        gamma: Factor of each decay. Raise: smaller drops; 1 keeps the peak. Lower: larger drops.
+        floor: Multiplier below which no decay goes. Raise: keeps learning to the end. Lower: lets all decays
+            through.
+    """
+    stairs = step // max(_count(every, steps), 1)
+    return _warm(step, steps, warmup)[0] * max(gamma**stairs, floor)
+
+
+def multistep(
+    step: int, steps: int, *, warmup: Length, milestones: list[Length], gamma: Share, floor: Fraction
+) -> float:
+    """Stairs at chosen places: the rate is multiplied by `gamma` at each milestone (He et al. 2016, arXiv:1512.03385).
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        milestones: Steps (from 1 on) or fractions of the run (below 1), counted from its start, from which on the
+            rate is lower, in any order; the first step comes before all of them. Raise: later decays, more time at
+            high rates. Lower: earlier ones.
+        gamma: Factor of each decay. Raise: smaller drops; 1 keeps the peak. Lower: larger drops.
+        floor: Multiplier below which no decay goes. Raise: keeps learning to the end. Lower: lets all decays
+            through.
+    """
+    passed = sum(step >= max(_count(milestone, steps), 1) for milestone in milestones)
+    return _warm(step, steps, warmup)[0] * max(gamma**passed, floor)
+
+
+def inverse_sqrt(step: int, steps: int, *, warmup: Length, timescale: Positive, floor: Fraction) -> float:
+    """Falls with one over the root of the time: sqrt(timescale / (timescale + steps after the warm-up)).
+
+    With a timescale of the warm-up's length that is the Transformer's (Vaswani et al. 2017, arXiv:1706.03762),
+    sqrt(warmup / step). It does not depend on the length of the run where lengths are given in steps.
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        timescale: Steps (from 1 on) or fraction of the run (below 1), one step at least; after three of them the
+            rate is half the peak. Raise: falls slower. Lower: falls faster.
+        floor: Multiplier below which it does not fall. Raise: keeps learning to the end. Lower: lets it fall on.
+    """
+    scale = max(_count(timescale, steps), 1)
+    after = max(step - _count(warmup, steps), 0)
+    return _warm(step, steps, warmup)[0] * max(math.sqrt(scale / (scale + after)), floor)
+
+
+def one_cycle(
+    step: int,
+    steps: int,
+    *,
+    rise: Length,
+    initial_division: Positive,
+    final_division: Positive,
+    shape: Literal["cosine", "linear"],
+) -> float:
+    """One rise to the peak and one fall far below the start (Smith 2018, arXiv:1803.09820).
+
+    The optimizer's momentum stays as it is; the paper moves it the other way.
+
+    Args:
+        rise: Steps (from 1 on) or fraction of the run (below 1) up to the peak, that one included. Raise: calmer
+            start, less time to settle. Lower: faster start; 0 begins at the peak.
+        initial_division: The first rate is the peak divided by this, which is at least 1. Raise: starts lower.
+            Lower: starts higher; 1 begins at the peak.
+        final_division: The last rate is the first divided by this, which is at least 1. Raise: settles deeper.
+            Lower: keeps learning to the end; 1 ends where it began.
+        shape: Way up and way down. cosine: half a cosine each, flat at its ends. linear: straight lines.
+
+    Raises:
+        ConfigError: If a division is below 1, which would go above the peak.
+    """
+    require(
+        initial_division=(initial_division >= 1, initial_division, "must be at least 1"),
+        final_division=(final_division >= 1, final_division, "must be at least 1"),
+    )
+    first = 1 / initial_division
+    peak = max(_count(rise, steps) - 1, 0)
+    if step < peak:
+        return _between(first, 1, _fall(shape, _progress(step, 0, peak)))
+    return _between(1, first / final_division, _fall(shape, _progress(step, peak, steps - 1)))
+
+
+def wsd(
+    step: int,
+    steps: int,
+    *,
+    warmup: Length,
+    decay: Length,
+    shape: Literal["linear", "cosine", "one_minus_sqrt"],
+    floor: Fraction,
+) -> float:
+    """Warm-up, then the peak rate, then a decay at the very end (Hu et al. 2024, arXiv:2404.06395).
+
+    Until the decay begins, the run does not depend on its length, so it can be prolonged from a checkpoint taken
+    before. A decay that would begin within the warm-up begins after it.
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        decay: Steps (from 1 on) or fraction of the run (below 1) at its end over which the rate falls. Raise: more
+            time to settle. Lower: more time at the peak; 0.1 to 0.2 is common, 0 never decays.
+        shape: Way down. linear: a straight line. cosine: half a cosine, slow at both ends. one_minus_sqrt: fast at
+            first, 1 - sqrt(t), which Hägele et al. 2024 (arXiv:2405.18392) found best.
+        floor: Multiplier at the last step. Raise: keeps learning to the end. Lower: settles deeper; 0 ends at 0.
+
+    Raises:
+        ConfigError: If warm-up and decay, both fractions, are longer than the run.
+    """
+    together = warmup < 1 and decay < 1 and warmup + decay > 1
+    require(decay=(not together, decay, f"and warmup={warmup} add up to more than 1"))
+    begin = max(steps - 1 - _count(decay, steps), _count(warmup, steps))
+    return _warm(step, steps, warmup)[0] * _between(1, floor, _fall(shape, _progress(step, begin, steps - 1)))

@@ -165,10 +165,11 @@ def conclude(scene: Scene, result: Result) -> None:
     prompt = scene.config.sample.prompt
     if result.sample:
         screen.text(f"a sample at temperature {scene.config.sample.temperature:g}", prompt + result.sample)
+    board = " and TensorBoard events beside it" if scene.config.log.tensorboard else ""
     rows = _losses_in_words(scene, result) if "val_loss" in metrics else []
     rows += [
         ("checkpoints", str(place / "checkpoints")),
-        ("metrics", f"{place / 'metrics.jsonl'} and TensorBoard events beside it"),
+        ("metrics", str(place / "metrics.jsonl") + board),
     ]
     if scene.task.causal:
         rows.append(("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt)}"))
@@ -201,8 +202,9 @@ def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:
     rows = [("validation", words(_named(metrics, "val_"))), ("baseline", f"{words(guess)} by guessing from {name}")]
     if result.best and result.best["step"] != result.step:
         rows.append(("best", f"{words(_named(result.best, 'val_'))} at step {int(result.best['step'])}"))
-    if tested := _named(metrics, "test_"):
-        rows.append(("test", words(tested)))
+    if (tested := _named(metrics, "test_")) and scene.data.test_baseline is not None:
+        by, reached = scene.data.test_baseline
+        rows += [("test", words(tested)), ("its baseline", f"{words(reached)} by guessing from {by}")]
     return rows
 
 

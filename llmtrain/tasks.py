@@ -63,7 +63,7 @@ def blank_targets(task: Task, spec: DataSpec, batch: int = 1) -> Tensor:
 
 
 def _nats(outputs: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(outputs, targets, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
+    return cross_entropy(outputs, targets, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
 
 
 def _nats_and_hits(outputs: Tensor, targets: Tensor) -> Tensor:

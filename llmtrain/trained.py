@@ -14,15 +14,17 @@ import torch
 from torch import nn
 
 from llmtrain import checkpoint, hardware
+from llmtrain.build import GROUPS
 from llmtrain.config import Evaluation, Export, Generation, RunConfig, Sample, check
 from llmtrain.display import Screen
 from llmtrain.evaluate import evaluate
 from llmtrain.export import Trained, export
-from llmtrain.folder import read_config, write_json
+from llmtrain.folder import read_choices, read_config, write_json
 from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.run import added_up, prepare_data
 from llmtrain.tokenizer import Tokenizer
+from llmtrain.topics import option_values, options
 from llmtrain.types import DataSpec
 
 
@@ -55,7 +57,8 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
         settings.split,
     )
     rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
-    rows += [(f"guess by {data.baseline[0]}", task.words(data.baseline[1]))]
+    name, reached = (settings.split == "test" and data.test_baseline) or data.baseline
+    rows += [(f"guess by {name}", task.words(reached))]
     rows += [("data", data.facts["about"]), ("samples", settings.split), ("checkpoint", str(path))]
     screen.table("llmtrain eval", rows)
     write_json(folder / "eval.json", {"checkpoint": path.name, "batches": settings.batches, **metrics})
@@ -118,8 +121,16 @@ def _locate(run: str, which: str) -> tuple[Path, Path]:
 
 
 def _config(folder: Path, trust: Sequence[str]) -> RunConfig:
+    """A run's config; knobs that have come since it was written take the values of their options' files."""
+    config = read_config(folder)
+    for group, option in read_choices(folder).items():
+        section = config.get(group)
+        if group in GROUPS and isinstance(section, dict) and option in options(group):
+            shipped = option_values(group, option)
+            if shipped["name"] == section.get("name"):
+                config[group] = {k: v for k, v in shipped.items() if "${" not in str(v)} | section
     try:
-        return check(read_config(folder), trust)
+        return check(config, trust)
     except ConfigError as error:
         raise _told(folder, error) from None
 

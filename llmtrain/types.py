@@ -89,6 +89,7 @@ class Data:
         facts: The same as numbers.
         baseline: What a guess goes by, and its metrics: what a model has to beat.
         test: Samples that are looked at once, after training; None where there are none.
+        test_baseline: The same guess on those.
     """
 
     spec: DataSpec
@@ -100,6 +101,7 @@ class Data:
     facts: dict[str, Any]
     baseline: tuple[str, dict[str, float]]
     test: Samples | None = None
+    test_baseline: tuple[str, dict[str, float]] | None = None
 
 
 class Samples(Protocol):

@@ -26,7 +26,9 @@ CPU = torch.device("cpu")
 
 
 def NATS(outputs: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(outputs, targets, temperature=1.0, label_smoothing=0.0, z_loss=0.0).unsqueeze(-1)
+    return cross_entropy(
+        outputs, targets, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None
+    ).unsqueeze(-1)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from llmtrain.build import GROUPS, find, parts
 from llmtrain.config import COMMANDS, SECTIONS, knobs_of
 from llmtrain.topics import Knob, command_topic, option_topic, options, part_knobs, resume_knob, section_topic
 
+OPTIMS = ", ".join(options("optim"))
+
 EVERY_KNOB = {
     **{f"{g}={p.name}": (p.knobs, part_knobs(p)) for g in GROUPS for p in parts(g).values()},
     **{f"section {name}": (knobs_of(kind), section_topic(name).knobs) for name, kind in SECTIONS.items()},
@@ -177,7 +179,7 @@ def test_section_and_command_of_one_name_are_told_apart(call):
     [
         ("optimm", "Did you mean optim?"),
         ("optim=adamm", "Did you mean adam?"),
-        ("optim=nothing", "there are adam, adamw, sgd"),
+        ("optim=nothing", f"there are {OPTIMS}"),
         ("nothing=adam", "no such group"),
         ("optim.momentun", "Did you mean momentum?"),
         ("train.step", "Did you mean steps?"),

@@ -33,7 +33,7 @@ DEVICE = torch.device("cuda")
 AMPERE = torch.cuda.get_device_capability() >= (8, 0)
 needs_ampere = pytest.mark.skipif(not AMPERE, reason="needs an NVIDIA GPU from Ampere on")
 VOCAB = 256
-CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
+CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
 FP16 = {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
 

@@ -25,7 +25,7 @@ from llmtrain.precision import fp16
 from llmtrain.run import _compiled, summed
 from llmtrain.schedules import cosine
 
-CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)
+CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
 OPTIMIZERS = {
     "sgd": (
         partial(sgd, lr=0.5, momentum=0.9, dampening=0.0, nesterov=False),

@@ -43,8 +43,8 @@ NEEDS = {
     "task=masked_lm": ["model.causal=false"],
     "task=classification": ["model=mlp", "data=digits"],
     "task=regression": ["model=linear", "data=diabetes"],
-    "loss=mse": ["model=linear", "data=diabetes"],
-    "loss=mae": ["model=linear", "data=diabetes"],
+    **{f"loss={name}": ["model=linear", "data=diabetes"] for name in ("bce", "huber", "log_cosh", "mae", "mse")},
+    "schedule=one_cycle": ["schedule.rise=2"],  # the last step after the peak hardly moves a weight
     "init=mup": ["model.tied_embeddings=false"],
     "model=textcnn": ["data=stdlib_modules"],
     **{f"model={name}": ["data=digits"] for name in ("cnn", "linear", "mlp", "cnn_cifar")},

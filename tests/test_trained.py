@@ -172,9 +172,12 @@ def test_own_parts_need_trust_here_too(place: Path) -> None:
     """A stranger's run names code; it does not run by being looked at."""
     run = shutil.copytree(train(place, "run.name=plain"), place / "runs/own")
     config = (run / "config.yaml").read_text()
-    assert "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n" in config
+    assert (
+        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n  class_weights: null\n"
+        in config
+    )
     own = config.replace(
-        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n",
+        "name: cross_entropy\n  temperature: 1.0\n  label_smoothing: 0.0\n  z_loss: 0.0\n  class_weights: null\n",
         "name: noisy_parts:noisy\n  scale: 1.0\n",
     )
     (run / "config.yaml").write_text(own)
@@ -220,3 +223,15 @@ def test_labelled_data_has_a_test_that_can_be_looked_at_again(place: Path) -> No
 def test_text_has_no_test(run: Path, place: Path) -> None:
     code, text = llmtrain(["eval", f"run={run}", "split=test", "device=cpu"], place)
     assert code == 2 and "keeps no test samples" in text
+
+
+def test_a_run_of_before_a_knob_was_there_still_opens(run: Path, place: Path) -> None:
+    old = shutil.copytree(run, place / "runs/old")
+    config = (old / "config.yaml").read_text()
+    assert "  z_loss: 0.0\n" in config and "  qk_norm: false\n" in config
+    (old / "config.yaml").write_text(config.replace("  z_loss: 0.0\n", "").replace("  qk_norm: false\n", ""))
+    assert evaluated(old, place)["val_loss"] == evaluated(run, place)["val_loss"]
+    (old / "overrides.yaml").unlink()
+    code, text = llmtrain(["eval", f"run={old}", "device=cpu"], place)
+    assert code == 2
+    assert "model.qk_norm = (missing)" in text

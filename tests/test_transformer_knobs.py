@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import KNOBS, make_gpt
 
+from llmtrain import hardware
 from llmtrain.knobs import ConfigError
 from llmtrain.models.layers import BatchNorm, DropPath, alibi_slopes, attend, rotary_angles, rotate, sinusoids
 from llmtrain.models.transformer import Transformer, transformer
@@ -67,6 +68,16 @@ def test_no_token_feels_a_later_one(knobs):
         changed[:, t:] = (changed[:, t:] + 3) % 11
         torch.testing.assert_close(model(changed)[:, :t], logits[:, :t], atol=1e-12, rtol=0)
         assert not torch.allclose(model(changed)[:, t], logits[:, t])
+
+
+@named
+def test_the_checks_and_the_counting_take_it(knobs):
+    """On the meta device, as the checks before a run and the summary do."""
+    with torch.device("meta"):
+        model = transformer(DataSpec(vocab=11, context=8), **(KNOBS | knobs))
+        assert model(hardware.blank(DataSpec(vocab=11, context=8), 2)).shape == (2, 8, 11)
+        assert hardware.count_flops(model, hardware.blank(DataSpec(vocab=11, context=8))) > 0
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @named

@@ -131,7 +131,10 @@ def make_job(
             device=device,
             limit=length.samples,
         ),
-        "loss": loss or summed(state.model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0)),
+        "loss": loss
+        or summed(
+            state.model, partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
+        ),
         "evaluate": lambda: {"val_loss": 1.0},
         "save": lambda state: None,
         "watcher": Recorder(),

@@ -83,4 +83,5 @@ def _labelled(
         words=f"{about}{kinds}: {len(train)} to learn from, {len(val)} held out, {len(test)} for the test",
         facts={"about": about, "train": len(train), "val": len(val), "test": len(test)},
         baseline=guess(targets[train], targets[val], spec.outputs),
+        test_baseline=guess(targets[train], targets[test], spec.outputs),
     )

@@ -135,7 +135,10 @@ def suits(data: DataSpec, name: str, *inputs: str, each_token: bool = False) -> 
         each_token: Whether it can also give logits at each token, and not only numbers for each sample.
     """
     kind = "tokens" if data.vocab else "images" if len(data.shape) == 3 else "numbers"
-    asked = f"{data.outputs} numbers for each sample" if data.outputs else "logits at each token"
+    numbers = "one number" if data.outputs == 1 else f"{data.outputs} numbers"
+    asked = f"{numbers} for each sample" if data.outputs else "logits at each token"
     answers = "logits at each token or numbers for each sample" if each_token else "numbers for each sample"
     holds = kind in inputs and (each_token or data.outputs > 0)
-    return holds, name, f"takes {' or '.join(inputs)} and gives {answers}; the data has {kind} and asks for {asked}"
+    hint = "data=digits" if "images" in inputs else "data=stdlib_modules" if "tokens" in inputs else "data=diabetes"
+    rule = f"takes {' or '.join(inputs)} and gives {answers}; the data has {kind} and asks for {asked}"
+    return holds, name, f"{rule}; it goes with {hint}, for one"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -135,7 +136,8 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, 
     B, H, T, D = q.shape
     q, k, v = (t.reshape(B * H, t.size(2), t.size(3)) for t in (q, k, v))
     bias = bias.expand(B, H, T, k.size(1)).reshape(B * H, T, k.size(1)) if bias.dim() > 2 else bias
-    with torch.autocast(q.device.type, enabled=False):
+    plain = torch.amp.is_autocast_available(q.device.type)  # not on the meta device
+    with torch.autocast(q.device.type, enabled=False) if plain else nullcontext():
         if softcap is None:
             scores = torch.baddbmm(bias, q, k.mT, alpha=D**-0.5)
         else:

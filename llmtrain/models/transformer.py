@@ -181,7 +181,7 @@ def transformer(
             "must be even for position=rope, which turns pairs of dimensions",
         ),
         position=(
-            position != "rope" or head_dim is not None or width % heads != 0 or rotated % 2 == 0,
+            position != "rope" or head_dim is not None or width % heads != 0 or rope_fraction < 1 or rotated % 2 == 0,
             position,
             f"turns pairs of dimensions, but width / heads = {width}/{heads} is odd",
         ),
