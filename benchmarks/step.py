@@ -41,6 +41,7 @@ def measure(shape: str, overrides: list[str], rounds: int, steps: int) -> None:
     import torch
 
     from llmtrain.display import Screen
+    from llmtrain.hardware import keep_freed_memory
     from llmtrain.loop import Length, fit
     from llmtrain.run import _make, _make_job, prepare_data
     from llmtrain.stop import Stop
@@ -50,13 +51,16 @@ def measure(shape: str, overrides: list[str], rounds: int, steps: int) -> None:
         config = config_of("train.steps=1000000", "eval.every=1000000", f"run.dir={scratch}", *overrides)
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            keep_freed_memory()  # of the whole process: for both
         screen = Screen()
         screen.console.quiet = True
         data = prepare_data(config, screen)
         precision = config.precision.build(device)
         state, regularizer = _make(config, data.spec, device, precision)
         length = Length(config.train, len(data.train), data.spec.context)
-        scene = Scene(Path(scratch), config, Origin(), data, device, precision, state.model, length, screen)
+        task = config.task.build(data.spec, data.tokenizer)
+        scene = Scene(Path(scratch), config, Origin(), data, task, device, precision, state.model, length, screen)
         watcher = Watcher(scene, state)
         job = replace(
             _make_job(scene, regularizer, watcher, Stop()),
