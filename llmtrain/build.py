@@ -20,6 +20,9 @@ from typing import Any, Literal, get_args
 from llmtrain import knobs as knob_types
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest, unique
 
+_MANY = 20
+"""Knobs that are named one by one where a misspelt one has a near neighbour."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -175,8 +178,11 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
 
 def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Misfit:
     if key not in schema:
+        near = nearest(key, schema)
         known = "there are " + ", ".join(schema) if schema else "it has none"
-        return Misfit(key, given[key], f"no such knob; {known}", nearest(key, schema))
+        if near is not None and len(schema) > _MANY:
+            known = f"there are {len(schema)}, told by llmtrain explain"
+        return Misfit(key, given[key], f"no such knob; {known}", near)
     rule = "must be " + describe(schema[key])
     if key not in given:
         return Misfit(key, "(missing)", "has no value; it " + rule)

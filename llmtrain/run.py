@@ -173,7 +173,7 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
     return Job(
         loader=loader,
         loss=_compiled(summed(model, config.loss.bind()), model, train.compile),
-        evaluate=partial(_judge, scene, data.val, config.eval.batches and config.eval.batches * train.accumulate),
+        evaluate=_judge(scene, data.val, config.eval.batches and config.eval.batches * train.accumulate),
         save=lambda state: checkpoint.save(scene.place / "checkpoints", state, config.checkpoint.keep, extra),
         watcher=watcher,
         regularizer=regularizer,
@@ -191,17 +191,17 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
     )
 
 
-def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "val") -> dict[str, float]:
-    """The task's metrics on samples that are not learned from."""
+def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "val") -> Callable[[], dict[str, float]]:
+    """Measures the task's metrics on samples that are not learned from; compiled once, however often it is called."""
     train, model = scene.config.train, scene.model
     score = _compiled(added_up(model, scene.task.score), model, train.compile)
     size = train.batch_size // (train.accumulate * world())
-    return evaluate(model, score, samples, scene.task, scene.precision, size, batches, prefix)
+    return partial(evaluate, model, score, samples, scene.task, scene.precision, size, batches, prefix)
 
 
 def _test(scene: Scene) -> dict[str, float]:
     """The metrics on the test samples, looked at this once."""
-    return _judge(scene, scene.data.test, None, "test") if scene.data.test is not None else {}
+    return _judge(scene, scene.data.test, None, "test")() if scene.data.test is not None else {}
 
 
 def summed(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -496,3 +496,12 @@ def test_it_learns_more_than_frequencies(place: Path) -> None:
     assert told[0]["loss"] > result["baseline"]["loss"]
     losses = [line["loss"] for line in told if "loss" in line]
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.slow
+def test_what_evaluates_is_compiled_once_however_often_it_is_called(place: Path) -> None:
+    strict = "import torch._dynamo; torch._dynamo.config.error_on_recompile = True"
+    words = tiny(place, "train.compile=model", "eval.every=1", "train.steps=4", "run.name=compiled")
+    code, text = llmtrain(words, place, before=strict)
+    assert code == 0, text
+    assert len([line for line in lines(place / "runs/compiled") if "val_loss" in line]) == 4
