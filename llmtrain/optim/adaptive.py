@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from llmtrain.knobs import Fraction, NonNegative, Positive, require
-from llmtrain.optim.groups import ParamGroups, fused
+from llmtrain.optim.groups import ParamGroups, decaying, fused
 
 
 def adam(
@@ -57,8 +57,7 @@ def adamw(
             left alone. Raise: smaller weights, less overfitting. Lower: fits closer; 0 is Adam. Give it here
             or in regularization, not in both.
     """
-    for group in params:
-        group["weight_decay"] = weight_decay if group["kind"] == "shrink" else 0.0
+    params = decaying(params, weight_decay)
     return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, amsgrad=amsgrad, fused=fused(params))
 
 

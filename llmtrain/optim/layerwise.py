@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llmtrain.knobs import Fraction, NonNegative, Positive
-from llmtrain.optim.groups import ParamGroups
+from llmtrain.optim.groups import ParamGroups, decaying
 from llmtrain.optim.lists import lists
 
 
@@ -34,7 +34,7 @@ def lamb(
             alone. Raise: smaller weights, less overfitting. Lower: fits closer. Give it here or in regularization,
             not in both.
     """
-    return Lamb(_decaying(params, weight_decay), {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps})
+    return Lamb(decaying(params, weight_decay), {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps})
 
 
 def lars(
@@ -54,7 +54,7 @@ def lars(
         weight_decay: Adds weight_decay * w to a matrix's gradient; embeddings are left alone. Raise: smaller weights,
             less overfitting. Lower: fits closer. Give it here or in regularization, not in both.
     """
-    return Lars(_decaying(params, weight_decay), {"lr": lr, "momentum": momentum, "trust": trust})
+    return Lars(decaying(params, weight_decay), {"lr": lr, "momentum": momentum, "trust": trust})
 
 
 class Lamb(Optimizer):
@@ -110,10 +110,6 @@ class Lars(Optimizer):
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, updates, alpha=group["lr"])
             torch._foreach_sub_(weights, velocities)
-
-
-def _decaying(params: ParamGroups, weight_decay: float) -> ParamGroups:
-    return [group | {"weight_decay": weight_decay if group["kind"] == "shrink" else 0.0} for group in params]
 
 
 def _lengths(tensors: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llmtrain.knobs import ConfigError, Misfit, NonNegative, Positive, UserError, nearest, require
-from llmtrain.optim.groups import ParamGroups
+from llmtrain.optim.groups import ParamGroups, decaying
 
 _GIVEN = ("params", "lr", "weight_decay")
 """What is no entry of `knobs`, for it has its own place."""
@@ -46,9 +46,8 @@ def library(params: ParamGroups, *, optimizer: str, lr: Positive, weight_decay: 
     if any(p.is_meta for group in params for p in group["params"]):  # a check of the config, not yet a run
         refusal = _refusal(kind, arguments | {"lr": lr})
         require(optimizer=(refusal is None, optimizer, f"cannot be taken: {refusal}"))
-    decay = {"shrink": weight_decay, "keep": 0.0}
     if "weight_decay" in inspect.signature(kind).parameters:
-        params = [group | {"weight_decay": decay[group["kind"]]} for group in params]
+        params = decaying(params, weight_decay)
     return _with_group_values(kind(params, lr=lr, **arguments))
 
 
