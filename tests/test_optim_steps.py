@@ -214,7 +214,7 @@ def test_layers_of_zeros_start(name):
     """Where there is no length to go by, the step is that of the direction itself."""
     weight = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
     knobs = BETAS | {"weight_decay": 0.1} if name == "lamb" else LARS
-    groups = [{"kind": "shrink", "params": [weight], "names": ["weight"]}]
+    groups = [{"kind": "shrink", "decay": 1.0, "params": [weight], "names": ["weight"]}]
     optimizer = find("optim", name).load()(groups, **knobs)
     weight.grad = torch.ones_like(weight)
     optimizer.step()

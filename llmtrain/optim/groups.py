@@ -87,7 +87,7 @@ def _fits(glob: str, name: str) -> bool:
 
 
 def _depths(model: nn.Module) -> dict[int, int]:
-    """How many layers come after each parameter, by id: 0 for the head, one more for each block, most for embeddings."""
+    """How many layers come after each parameter, by id: 0 for the head, most for embeddings."""
     blocks = list(getattr(model, "blocks", []))
     within = {id(p): len(blocks) - i for i, block in enumerate(blocks) for p in block.parameters()}
     depths, seen = dict(within), False
