@@ -13,13 +13,11 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line sets it, before torch is loaded
 
-from common import SHAPES, config_of, machine, spread
+from common import SHAPES, Loop, in_turn, machine, spread
 
 
 def main() -> None:
@@ -38,76 +36,16 @@ def main() -> None:
 
 def measure(shape: str, overrides: list[str], rounds: int, steps: int) -> None:
     """Times both loops in turn and prints seconds per step and their ratio, pair by pair."""
-    import torch
-
-    from llmtrain.display import Screen
-    from llmtrain.hardware import keep_freed_memory
-    from llmtrain.loop import Length, fit
-    from llmtrain.run import _make, _make_job, prepare_data
-    from llmtrain.stop import Stop
-    from llmtrain.story import Origin, Scene, Watcher
-
     with tempfile.TemporaryDirectory() as scratch:
-        config = config_of("train.steps=1000000", "eval.every=1000000", f"run.dir={scratch}", *overrides)
-        torch.set_num_threads(config.train.threads or torch.get_num_threads())
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            keep_freed_memory()  # of the whole process: for both
-        screen = Screen()
-        screen.console.quiet = True
-        data = prepare_data(config, screen)
-        precision = config.precision.build(device)
-        state, regularizer = _make(config, data.spec, device, precision)
-        length = Length(config.train, len(data.train), data.spec.context)
-        task = config.task.build(data.spec, data.tokenizer)
-        scene = Scene(Path(scratch), config, Origin(), data, task, device, precision, state.model, length, screen)
-        watcher = Watcher(scene, state)
-        job = replace(
-            _make_job(scene, regularizer, watcher, Stop()),
-            log_every=10,
-            evaluate=lambda: {"val_loss": 0.0},
-            save=lambda state: None,
-        )
-
-        def ours() -> float:
-            times: list[float] = []
-
-            class Timed:
-                evaluated = staticmethod(watcher.evaluated)
-
-                @staticmethod
-                def measured(step: int, metrics: dict[str, float]) -> None:
-                    watcher.measured(step, metrics)
-                    times.append(time.perf_counter())
-
-            fit(state, replace(job, length=_Until(state.step + steps + 10), watcher=Timed()))
-            return (times[-1] - times[0]) / steps  # from line to line of the log: the first ten steps warm up
-
-        bare = partial(bare_steps, config, data, device, precision, steps)
-        for warm in (ours, bare):
-            warm()
-        pairs = []
-        for turn in range(rounds):
-            first, second = (ours, bare) if turn % 2 == 0 else (bare, ours)
-            one, two = first(), second()
-            pairs.append((one, two) if turn % 2 == 0 else (two, one))
-        watcher.close()
+        ours = Loop([f"run.dir={scratch}", *overrides], steps)
+        bare = partial(bare_steps, ours.config, ours.data, ours.device, ours.precision, steps)
+        pairs = in_turn(ours, bare, rounds)
     ratios = [a / b for a, b in pairs]
     print(
         f"{shape}: llmtrain {spread([1e3 * a for a, _ in pairs])} ms/step, "
         f"bare {spread([1e3 * b for _, b in pairs])} ms/step, ratio {spread(ratios)}, "
         f"overhead {100 * (statistics.median(ratios) - 1):+.1f}%"
     )
-
-
-class _Until:
-    """A length that ends at a step."""
-
-    def __init__(self, stop_at: int):
-        self._stop_at = stop_at
-
-    def steps(self, step: int, seconds: float) -> int:
-        return self._stop_at
 
 
 _bare: dict[int, tuple] = {}

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -21,15 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmtrain.chunked import in_chunks
 from llmtrain.config import RunConfig
 from llmtrain.hardware import blank
 from llmtrain.models.layers import Attention, FeedForward
 from llmtrain.models.transformer import Embedding
-from llmtrain.optim.groups import param_groups, weights_of
+from llmtrain.optim.groups import param_groups
+from llmtrain.pace import Moment
 from llmtrain.types import Batch, DataSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+_SOME = Moment(0, 10, 0.1)
 _PROBE = 2
 """Samples of the pass on the meta device: the fewest that batch norms can be trained with."""
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -96,17 +100,20 @@ def blank_batch(spec: DataSpec, samples: int, loss: Loss) -> Batch:
     if not spec.outputs:
         return Batch(inputs, torch.zeros_like(inputs), torch.ones_like(inputs, dtype=torch.bool))
     targets = torch.zeros(samples, dtype=torch.long)
-    if _takes_quantities(spec.outputs, loss):
-        targets = torch.zeros(samples, spec.outputs)
+    if quantities := _quantities(spec.outputs, loss):
+        targets = torch.zeros(samples, quantities)
     return Batch(inputs, targets, torch.ones(samples, dtype=torch.bool))
 
 
-def _takes_quantities(outputs: int, loss: Loss) -> bool:
-    """Whether a loss compares (B, n) numbers with (B, n) numbers, not with (B,) classes."""
-    try:
-        return loss(torch.zeros(3, outputs, device="meta"), torch.zeros(3, outputs, device="meta")).shape == (3,)
-    except (RuntimeError, ValueError, IndexError):
-        return False
+def _quantities(outputs: int, loss: Loss) -> int:
+    """How many numbers of a sample a loss compares with its outputs: as many, or half as many; 0 for (B,) classes."""
+    for n in (outputs, outputs // 2):
+        try:
+            if loss(torch.zeros(3, outputs, device="meta"), torch.zeros(3, n, device="meta")).shape == (3,):
+                return n
+        except (RuntimeError, ValueError, IndexError):
+            pass
+    return 0
 
 
 def trace(model: nn.Module, spec: DataSpec, loss: Loss) -> tuple[Layer, Flops]:
@@ -187,9 +194,10 @@ def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
     train, autocast, loss = config.train, config.precision.build(device).autocast, config.loss.bind()
     with FakeTensorMode(), torch.device(device), _Living() as living:
         model = config.model.build(spec).train()
-        groups = param_groups(model)
+        groups = param_groups(model, **vars(config.params))
         optimizer = config.optim.build(groups)
-        regularizer = config.regularization.build(weights_of(groups))
+        regularizer = config.regularization.build(model, groups)
+        compute = in_chunks(model, loss, train.head_chunk) if train.head_chunk else partial(_summed, model, loss)
         batch = blank_batch(spec, train.batch_size // train.accumulate, loss)
         owned = _storages([*model.parameters(), *model.buffers(), *batch])
         living.copied = owned.keys()
@@ -201,7 +209,7 @@ def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
         living.peak = living.now
         for _ in range(min(train.accumulate, 2)):  # from the second on, gradients are there already
             with _saved(owned) as saved, autocast():
-                summed = (loss(model(batch.inputs), batch.targets) * batch.mask).sum()
+                summed = compute(*batch)
             activations = _bytes(saved)
             casts = _bytes({key: saved[key] for key in living.copies & saved.keys()})
             saved.clear()
@@ -209,12 +217,16 @@ def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
         del summed
         gradients = _bytes(_storages([p.grad for p in trained if p.grad is not None]))
         regularizer.add_gradients()
-        regularizer.before_update(0.1)
+        regularizer.before_update(_SOME)
         optimizer.step()
-        regularizer.after_update(0.1)
+        regularizer.after_update(_SOME)
         state = _bytes(_storages([s for kept in optimizer.state.values() for s in tree_leaves(kept)]))
         weights, buffers = _bytes(_storages([*model.parameters()])), _bytes(_storages([*model.buffers()]))
     return Memory(weights, buffers, gradients, state, activations, casts, living.peak)
+
+
+def _summed(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    return (loss(model(inputs), targets) * mask).sum()
 
 
 def hides_memory(model: nn.Module, device: torch.device) -> bool:
@@ -241,14 +253,16 @@ def _bytes(storages: dict[int, Tensor]) -> int:
 def _saved(owned: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
     """Collects what is saved for the backward pass, each piece of memory once and without what is owned anyway."""
     found: dict[int, Tensor] = {}
+    seen = weakref.WeakValueDictionary[int, Tensor]()  # what is gone by the end is not kept by looking at it
 
     def pack(t: Tensor) -> Tensor:
         if _key(t) not in owned:
-            found[_key(t)] = t
+            seen[_key(t)] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield found
+    found.update(seen)
 
 
 class _Living(TorchDispatchMode):

@@ -26,25 +26,45 @@ _MANY = 20
 
 @dataclass(frozen=True)
 class Group:
-    """A kind of part: where its functions live, what the run gives each of them, and what it is for."""
+    """A kind of part: where its functions live, what the run gives each of them, and what it is for.
+
+    Attributes:
+        module: The package or module of its functions.
+        given: What the run gives each of them.
+        meaning: What it is for.
+        more: What the run gives beside that to those that take it.
+        folder: The group whose options it has, where it has none of its own.
+    """
 
     module: str
     given: tuple[str, ...]
     meaning: str
+    more: tuple[str, ...] = ()
+    folder: str | None = None
+
+
+def _schedule(meaning: str, folder: str | None = None) -> Group:
+    return Group("llmtrain.schedules", ("step", "steps"), meaning, ("losses",), folder)
 
 
 GROUPS = {
     "model": Group("llmtrain.models", ("data",), "the architecture"),
     "optim": Group("llmtrain.optim", ("params",), "how gradients become steps"),
     "loss": Group("llmtrain.losses", ("outputs", "targets"), "what is minimized"),
-    "regularization": Group("llmtrain.regularization", ("weights",), "what keeps weights small"),
-    "schedule": Group("llmtrain.schedules", ("step", "steps"), "how the learning rate moves over the run"),
+    "regularization": Group("llmtrain.regularization", ("model", "params"), "what keeps weights small"),
+    "schedule": _schedule("how the learning rate moves over the run"),
+    "momentum_schedule": _schedule("what multiplies the optimizer's momentum over the run", "schedule"),
+    "weight_decay_schedule": _schedule("what multiplies the decay of weights over the run", "schedule"),
+    "batch_schedule": _schedule("what multiplies the samples of a step over the run", "schedule"),
     "precision": Group("llmtrain.precision", ("device",), "number formats of the arithmetic"),
     "data": Group("llmtrain.data", ("setup",), "what is learned from"),
+    "augment": Group("llmtrain.augment", ("data",), "how training samples are varied", ("tokenizer",)),
     "tokenizer": Group("llmtrain.tokenizer", ("texts",), "how text becomes numbers"),
     "task": Group("llmtrain.tasks", ("spec", "tokenizer"), "what is asked of the model"),
     "init": Group("llmtrain.init", ("model",), "the weights before the first step"),
 }
+SCHEDULES = tuple(name for name, group in GROUPS.items() if group.module == GROUPS["schedule"].module)
+"""The groups of what moves over a run, the learning rate first."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,7 @@ class Part:
         module: The dotted name of the module that defines it.
         knobs: Its keyword-only arguments and their types, in the order of the signature.
         doc: Its docstring.
+        given: Its positional arguments: what the run gives it.
     """
 
     group: str
@@ -64,6 +85,7 @@ class Part:
     module: str
     knobs: Mapping[str, Any]
     doc: str
+    given: tuple[str, ...]
 
     def load(self) -> Callable[..., Any]:
         """Imports the part's module and returns its function."""
@@ -78,13 +100,13 @@ class Choice:
     values: Mapping[str, Any]
 
     def build(self, *given: Any) -> Any:
-        """Calls the part with what the run gives and what the config says."""
-        return self.part.load()(*given, **self.values)
+        """Calls the part with what the run gives, as far as it takes that, and what the config says."""
+        return self.bind()(*given)
 
     def bind(self) -> Callable[..., Any]:
         """The part as a function of what the run gives alone: `bind()(*given) == build(*given)`."""
-        function, values = self.part.load(), dict(self.values)
-        return lambda *given: function(*given, **values)
+        function, values, taken = self.part.load(), dict(self.values), len(self.part.given)
+        return lambda *given: function(*given[:taken], **values)
 
 
 def parts(group: str) -> dict[str, Part]:
@@ -192,16 +214,17 @@ def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Mi
 
 def _odd_bool(value: Any, annotation: Any) -> bool:
     """True where a number is wanted, which pydantic would take for 1."""
-    return isinstance(value, bool) and not _takes(bool, annotation)
+    return isinstance(value, bool) and not takes(bool, annotation)
 
 
 def _too_large(value: Any, annotation: Any) -> bool:
     """An integer that nothing can count to: torch stops at it with an error of its own."""
-    return isinstance(value, int) and _takes(int, annotation) and abs(value) >= 2**63
+    return isinstance(value, int) and takes(int, annotation) and abs(value) >= 2**63
 
 
-def _takes(kind: type, annotation: Any) -> bool:
-    return annotation is kind or any(_takes(kind, choice) for choice in get_args(annotation))
+def takes(kind: Any, annotation: Any) -> bool:
+    """Whether a knob of this type may have a value of that kind."""
+    return annotation is kind or any(takes(kind, choice) for choice in get_args(annotation))
 
 
 def _parts_in(module: str, group: str) -> Iterator[Part]:
@@ -210,9 +233,10 @@ def _parts_in(module: str, group: str) -> Iterator[Part]:
         for node in _tree(path).body:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
                 continue
-            if tuple(arg.arg for arg in node.args.args) == GROUPS[group].given:
+            given, about = tuple(arg.arg for arg in node.args.args), GROUPS[group]
+            if given in (about.given, about.given + about.more):
                 doc = ast.get_docstring(node) or ""
-                yield Part(group, node.name, name, {a.arg: _type(a) for a in node.args.kwonlyargs}, doc)
+                yield Part(group, node.name, name, {a.arg: _type(a) for a in node.args.kwonlyargs}, doc, given)
 
 
 def _sources(module: str) -> Iterator[tuple[str, Path]]:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmtrain.knobs import UserError
+from llmtrain.masters import Masters
+from llmtrain.regularization.average import Average
 
 
 @dataclass
@@ -35,29 +38,45 @@ class TrainState:
         optimizer: Its running moments; its settings come from the config, not from here.
         scaler: The scale of the loss in float16.
         step: Optimizer steps taken: the schedule's clock.
-        batches: Batches consumed: the data's clock. Ahead of `step` by the skipped steps.
+        samples: Samples consumed: the data's clock.
         skipped: Steps that float16 skipped because a gradient overflowed.
         seconds: Time trained so far.
         best: Step and metrics of the best evaluation; empty before the first.
         last: The metrics of the newest evaluation.
-        pending: Loss and gradient norm (2,) of each step since the last line of the log.
+        losses: The validation loss of every evaluation: the clock of schedules that go by it.
+        average: Gives an average for each live tensor that is judged and used in its place, if there is one.
+        masters: The float32 copies of bfloat16 weights, if those are what is trained.
+        pending: Loss, gradient norm and clipped share (3,) of each step since the last line of the log.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
-    batches: int = 0
+    samples: int = 0
     skipped: int = 0
     seconds: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    average: Callable[[], Mapping[Tensor, Tensor]] | None = None
+    masters: Masters | None = None
     pending: list[Tensor] = field(default_factory=list)
 
+    @property
+    def batches(self) -> int:
+        """Batches consumed."""
+        return self.step + self.skipped
 
-_COUNTERS = ("step", "batches", "skipped", "seconds", "best", "last")
+    def trained(self) -> dict[str, Tensor]:
+        """What the optimizer moves, by the names of the model's parameters."""
+        return self.masters.named if self.masters is not None else dict(self.model.named_parameters())
+
+
+_COUNTERS = ("step", "samples", "skipped", "seconds", "best", "last", "losses")
 _FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
-_FORMAT = 1
+_AVERAGE, _RESTS = "average.safetensors", "rests.safetensors"
+_FORMAT = 2
 
 
 def save(folder: Path, state: TrainState, keep: int, extra: dict[str, Any]) -> Path:
@@ -98,9 +117,14 @@ def _write(work: Path, state: TrainState, extra: dict[str, Any]) -> None:
     save_file({k: v.contiguous() for k, v in state.model.state_dict().items()}, work / "model.safetensors")
     save_file(tensors, work / "optimizer.safetensors")
     save_file(rng, work / "random.safetensors")
+    if averages := _averages(state):
+        save_file(averages, work / _AVERAGE)
+    if state.masters is not None and (rests := state.masters.rests()):
+        save_file(rests, work / _RESTS)
     record = {
         **{name: getattr(state, name) for name in _COUNTERS},
         "pending": [p.tolist() for p in state.pending],
+        "averaged": state.average.count if isinstance(state.average, Average) else 0,
         "scaler": state.scaler.state_dict(),
         "optimizer": scalars,
         "optimizer_kind": _kind(state.optimizer),
@@ -129,7 +153,7 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
         )
     _load_weights(path, state.model)
     tensors = load_file(path / "optimizer.safetensors")
-    by_name = {name: p for name, p in state.model.named_parameters()}
+    by_name = state.trained()
     slots: dict[Tensor, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         name, slot = key.rsplit("/", 1)
@@ -145,13 +169,19 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
     state.pending = [torch.tensor(p, device=device) for p in record["pending"]]
     if record["scaler"]:
         state.scaler.load_state_dict(record["scaler"])
+    if isinstance(state.average, Average) and record["averaged"]:
+        state.average.load(record["averaged"], load_file(path / _AVERAGE))
+    if state.masters is not None:
+        state.masters.load_rests(load_file(path / _RESTS) if (path / _RESTS).exists() else {})
     _restore_random(load_file(path / "random.safetensors"), record)
     return record
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
-    """Reads only the weights of a checkpoint into a model; returns the record saved with them."""
+    """Reads only the weights of a checkpoint into a model, averaged ones where there are; returns the record."""
     _load_weights(path, model)
+    if (path / _AVERAGE).exists():
+        model.load_state_dict(load_file(path / _AVERAGE), strict=False)
     return json.loads((path / "state.json").read_text())
 
 
@@ -214,7 +244,7 @@ def broken(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] != _FORMAT:
             return f"manifest.json is of format {manifest['format']}, not {_FORMAT}"
-        for name in _FILES:
+        for name in dict.fromkeys((*_FILES, *manifest["sha256"])):
             if _sha256(path / name) != manifest["sha256"][name]:
                 return f"{name} is not what was written (SHA-256 differs)"
     except FileNotFoundError as error:
@@ -230,7 +260,7 @@ def _optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, di
     """The optimizer's running values by parameter name: tensors, and plain numbers."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    for name, parameter in state.model.named_parameters():
+    for name, parameter in state.trained().items():
         for slot, value in state.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}/{slot}"] = value.contiguous()
@@ -239,10 +269,18 @@ def _optimizer_state(state: TrainState) -> tuple[dict[str, Tensor], dict[str, di
     return tensors, scalars
 
 
+def _averages(state: TrainState) -> dict[str, Tensor]:
+    """The averages by the names of what they stand for."""
+    averages = state.average() if state.average is not None else {}
+    live = state.model.state_dict(keep_vars=True)
+    return {name: averages[tensor].contiguous() for name, tensor in live.items() if tensor in averages}
+
+
 def _kind(optimizer: torch.optim.Optimizer) -> str:
-    """What tells which running values an optimizer keeps: the class right under torch's, and AMSGrad's maximum."""
+    """What tells which running values an optimizer keeps: its class, for torch's that right under the base."""
     family = type(optimizer).__mro__
-    name = family[family.index(torch.optim.Optimizer) - 1].__name__
+    torchs = [kind for kind in family if kind.__module__.startswith("torch.optim.")]
+    name = torchs[-2].__name__ if len(torchs) > 1 else family[0].__name__  # torch's AdamW keeps what its Adam does
     return f"{name} with amsgrad" if optimizer.defaults.get("amsgrad") else name
 
 

@@ -14,7 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtrain.compose import ALIASES, UNREADABLE, Composed, compose_jobs, config_folder, from_hydra, mend, prepare
+from llmtrain.compose import (
+    ALIASES,
+    SHARED,
+    UNREADABLE,
+    Composed,
+    compose_jobs,
+    config_folder,
+    from_hydra,
+    mend,
+    prepare,
+)
 from llmtrain.config import RunConfig, check, check_command, read
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.types import Result
@@ -22,13 +32,14 @@ from llmtrain.types import Result
 _SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
 _VALUED = ("cfg", "package", "config_name", "config_dir", "info")
 _ONE_OF = ("run", "multirun", "cfg", "info", "shell_completion")
-_SHOW_USAGE = """usage: llmtrain show [GROUP=OPTION ...] [KEY=VALUE ...] [--json]
+_SHOW_USAGE = """usage: llmtrain show [GROUP=OPTION ...] [KEY=VALUE ...] [--json] [--png FILE]
 
 Layers, parameters, FLOPs and memory of what `llmtrain train` would train with the same words; nothing is allocated.
 
   llmtrain show model=bert_large                    with the vocabulary of the published model
   llmtrain show model=gpt_small data=text data.path=corpus.txt train.batch_size=32 precision=bf16
   llmtrain show schedule=cosine train.steps=1000    also draws the learning rate
+  llmtrain show schedule=wsd --png curve.png        and writes a picture of it, which needs matplotlib
   llmtrain show optim=adamw                         also tells which parameters shrink
   llmtrain show model=gpt3_175b --json              the same as JSON
 """
@@ -55,7 +66,7 @@ def train(argv: list[str]) -> int:
 
 def show(argv: list[str]) -> int:
     """`llmtrain show`: layers, parameters, FLOPs and memory of what `train` would train with the same words."""
-    options = _parse("show", [word for word in argv if word != "--json"])
+    options = _parse("show", argv)
     name = options.config_name or "config"
     if options.shell_completion:
         return _complete(name, options)
@@ -71,7 +82,7 @@ def show(argv: list[str]) -> int:
         return _show(name, options)
     from llmtrain.show import show as tell
 
-    return tell(config, _origin(job), "--json" in argv)
+    return tell(config, _origin(job), options.json, options.png)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -114,6 +125,9 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.prog = f"llmtrain {command}"
     parser.add_argument("--trust", action="append", default=[], help="a package whose parts may run")
+    if command == "show":
+        parser.add_argument("--json", action="store_true", help="for programs")
+        parser.add_argument("--png", metavar="FILE", help="a picture of the learning rate")
     shown = next(action.choices for action in parser._actions if action.dest == "info") or ()
     pairs = zip(argv, [*argv, ""][1:], strict=True)  # an override may follow --info, which would take it
     argv = ["--info=all" if word in ("--info", "-i") and after not in shown else word for word, after in pairs]
@@ -284,10 +298,12 @@ def _complete(name: str, options: argparse.Namespace) -> int:
     """Hydra's completion, with the other words for a group taken as well; silent where it knows nothing."""
     if not any(word.startswith("query=") for word in options.overrides):
         return _show(name, options)
-    line = os.environ.get("COMP_LINE", "")
-    last = line.split(" ")[-1]
-    typed = next((word for word in ALIASES if last.startswith((f"{word}.", f"{word}="))), None)
-    os.environ["COMP_LINE"] = " ".join(mend(word) for word in line.split(" "))
+    *before, last = os.environ.get("COMP_LINE", "").split(" ")
+    known = {word + end: group + end for word, group in ALIASES.items() for end in ".="}
+    known |= {f"{group}=": f"{folder}=" for group, folder in SHARED.items()}
+    typed = next((word for word in known if last.startswith(word)), "")
+    meant = known.get(typed, "")
+    os.environ["COMP_LINE"] = " ".join([*map(mend, before), meant + last.removeprefix(typed)])
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -295,8 +311,5 @@ def _complete(name: str, options: argparse.Namespace) -> int:
             _hand_over(name, options, _nothing)
         except (*UNREADABLE, SystemExit):
             return 0
-    text = out.getvalue()
-    if typed is not None:
-        text = re.sub(rf"^{ALIASES[typed]}(?=[.=])|(?<=\s){ALIASES[typed]}(?=[.=])", typed, text)
-    print(text, end="")
+    print(re.sub(rf"(?<!\S){re.escape(meant)}", typed, out.getvalue()) if typed else out.getvalue(), end="")
     return 0

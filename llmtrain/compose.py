@@ -34,6 +34,8 @@ from llmtrain.knobs import ConfigError, Misfit, nearest
 
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
+SHARED = {group: about.folder for group, about in GROUPS.items() if about.folder}
+"""Groups whose options lie in another's folder, which Hydra wants to be named."""
 FREE_TEXT = ("prompt", "sample.prompt")
 """Knobs whose value is taken as it is typed, with its spaces, commas and brackets."""
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
@@ -67,9 +69,15 @@ class Composed:
 
 
 def mend(override: str) -> str:
-    """Takes the other words in use for a group: `optimizer.lr=1` becomes `optim.lr=1`."""
+    """Takes the other words in use for a group: `optimizer.lr=1` becomes `optim.lr=1`.
+
+    The option of a group without a folder of its own is spelled as Hydra wants it:
+    `batch_schedule=linear` becomes `schedule@batch_schedule=linear`.
+    """
     for word, group in ALIASES.items():
         override = re.sub(rf"^([+~]*){word}(?=[.=@]|$)", rf"\1{group}", override)
+    for group, folder in SHARED.items():
+        override = re.sub(rf"^([+~]*){group}(?==|$)", rf"\1{folder}@{group}", override)
     key, _, text = override.partition("=")
     if key in FREE_TEXT and text and text[0] not in "\"'":
         escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
@@ -216,7 +224,7 @@ def _load(
         if misfit is not None:
             job.misfits.append(misfit)
             if line is None:
-                job.spoiled.add(override.key_or_group)
+                job.spoiled.add(override.package or override.key_or_group)
         if line is not None:
             lines.append(line)
     try:
@@ -247,8 +255,8 @@ def _settle(override: Override, loader: ConfigLoader) -> tuple[str | None, Misfi
         if option is not None and str(option) not in options:
             guess = nearest(str(option), options)
             rule = "no such option; there are " + ", ".join(options)
-            mended = f"{group}={guess}" if guess and not isinstance(value, list) else None
-            return mended, Misfit(group, option, rule, guess)
+            mended = f"{override.get_key_element()}={guess}" if guess and not isinstance(value, list) else None
+            return mended, Misfit(override.package or group, option, rule, guess)
     return line, None
 
 
@@ -285,7 +293,7 @@ def from_hydra(error: Exception, config_name: str) -> Misfit:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = " ".join(line.strip() for line in (str(error) or str(cause)).splitlines())
     if unlisted := re.match(r"Could not override '([^']+)'. No match in the defaults list", text):
-        group = unlisted[1]
+        group = unlisted[1].rpartition("@")[2]
         rule = f"this config has its values written out and no groups to choose from; override {group}.KNOB instead"
         return Misfit(group, config_name, rule if group in GROUPS else "no such group in the defaults list")
     if twice := re.match(r"Multiple values for (\S+)\. To override", text):

@@ -50,8 +50,15 @@ class Train:
             the device, more memory, fewer steps per token. Lower: noisier steps, more of them per token.
         accumulate: Micro-batches that one batch is split into; gradients are added up before the step. Raise:
             less memory, somewhat slower. Lower: more memory, faster. Never changes the mathematics.
-        grad_clip: Largest L2 norm of the whole gradient; a longer one is scaled down to it. Raise: clips less
-            often, spikes pass. Lower: clips more often, calmer and slower. null never clips.
+        grad_clip: Where gradients are cut, in the measure of clip_by. Raise: clips less often, spikes pass. Lower:
+            clips more often, calmer and slower. null never clips.
+        clip_by: norm: the whole gradient is scaled down to an L2 norm of grad_clip (Pascanu et al. 2013,
+            arXiv:1211.5063). value: each number is cut to grad_clip. adaptive: the gradient of each unit, a row or a
+            kernel, is scaled down to grad_clip times the norm of its weights (Brock et al. 2021, arXiv:2102.06171);
+            0.01 is usual.
+        head_chunk: Tokens whose logits are held at a time, in training and evaluation; the head takes a micro-batch
+            chunk by chunk, each with its gradients. Raise: faster, more memory. Lower: less memory, which is much for
+            large vocabularies; somewhat slower. null holds all. Results change by rounding only.
         compile: off: plain PyTorch. block: compiles each block of the model, which starts sooner. model:
             compiles the whole model with its loss, which is fastest per step. Both need a C++ compiler on CPU.
         seed: Start of every random number (weights, data order, dropout). Raise or lower: another draw; the
@@ -68,10 +75,35 @@ class Train:
     batch_size: Count
     accumulate: Count
     grad_clip: Positive | None
+    clip_by: Literal["norm", "value", "adaptive"]
+    head_chunk: Count | None
     compile: Literal["off", "block", "model"]
     seed: Natural
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Ge(1), Le(1024)] | None
+
+
+@dataclass(frozen=True)
+class Params:
+    """Which parameters are treated apart, with any optimizer. Keys are globs over names of parameters and of what they
+    are in (`head` fits `head.weight`); the last match counts, and a glob without a match is an error.
+    `llmtrain show optim=adam` lists the groups that come of it.
+
+    Args:
+        lr_scale: Multipliers of the learning rate: params.lr_scale={embedding:0.1}. Raise: that part learns faster. Lower: it
+            learns slower.
+        decay_scale: Multipliers of weight decay, L1 and L2, which are 1 for matrices and kernels and 0 for biases, norms and
+            embeddings: params.decay_scale={head:0}. Raise: smaller weights there. Lower: that part is left alone.
+        layer_decay: Rate of each block over that of the block after it (Howard & Ruder 2018, arXiv:1801.06146; Bao et
+            al. 2022, arXiv:2106.08254). Raise: all learn alike; 1 is off. Lower: early blocks and embeddings keep
+            what they have; 0.65 to 0.95 is usual when a trained model is trained on.
+        freeze: Globs over the parameters that are not trained: params.freeze=[embedding].
+    """
+
+    lr_scale: dict[str, NonNegative]
+    decay_scale: dict[str, NonNegative]
+    layer_decay: Share
+    freeze: list[str]
 
 
 @dataclass(frozen=True)
@@ -213,6 +245,7 @@ COMMANDS: dict[str, type] = {"eval": Evaluation, "generate": Generation, "export
 SECTIONS: dict[str, type] = {
     "run": Run,
     "train": Train,
+    "params": Params,
     "eval": Eval,
     "checkpoint": Checkpoint,
     "log": Log,
@@ -233,6 +266,7 @@ class RunConfig:
 
     run: Run
     train: Train
+    params: Params
     eval: Eval
     checkpoint: Checkpoint
     log: Log
@@ -242,8 +276,12 @@ class RunConfig:
     loss: Choice
     regularization: Choice
     schedule: Choice
+    momentum_schedule: Choice
+    weight_decay_schedule: Choice
+    batch_schedule: Choice
     precision: Choice
     data: Choice
+    augment: Choice
     tokenizer: Choice
     task: Choice
     init: Choice

@@ -84,7 +84,7 @@ def _show_all(console: Console) -> None:
     for column in ("group", "what it is", "options"):
         table.add_column(column, style="cyan" if column == "group" else "", overflow="fold")
     for name, group in GROUPS.items():
-        table.add_row(name, group.meaning, ", ".join(options(name)))
+        table.add_row(name, group.meaning, f"those of {group.folder}" if group.folder else ", ".join(options(name)))
     console.print(table)
     table = Table(
         title="\nsections: change with SECTION.KNOB=VALUE",
@@ -243,6 +243,9 @@ def reference() -> str:
     lines += ["", "## `resume`", "", resume_knob().meaning]
     for group, about in GROUPS.items():
         lines += ["", f"## Group `{group}`: {about.meaning}"]
+        if about.folder:
+            lines += ["", f"Options and knobs are those of `{about.folder}`."]
+            continue
         by_part: dict[str, list[Topic]] = {}
         for option in options(group):
             topic = option_topic(group, option)

@@ -8,12 +8,14 @@ the rules that tie several knobs of one part together. Nothing here imports torc
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import DocInfo, Ge, Gt, Le, Lt, Predicate, doc
 
 __all__ = ["Count", "Fraction", "Length", "Natural", "NonNegative", "Portion", "Positive", "Share"]
 
@@ -27,8 +29,29 @@ Portion = Annotated[float, Gt(0), Lt(1)]
 """Above 0 and below 1: a part of a whole that leaves something over."""
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
-Length = Annotated[float, Ge(0)]
-"""Below 1 a fraction of the run; from 1 on a number of optimizer steps."""
+
+_AMOUNT = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([kMGBT]?)\s*(?:(%)|(step|epoch|sample|token)s?)")
+_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+
+
+def amount(text: str) -> tuple[float, str] | None:
+    """A number and its unit: (500.0, "step") for `500 steps`; None where the text is no length."""
+    if (found := _AMOUNT.fullmatch(text.strip())) is None:
+        return None
+    number, unit = float(found[1]) * _PREFIXES[found[2]], found[3] or found[4]
+    return (number, unit) if math.isfinite(number) and (unit != "%" or number <= 100) else None
+
+
+Amount = Annotated[
+    str,
+    Predicate(lambda text: amount(text) is not None),
+    doc("text such as 500 steps, 2 epochs, 1e4 samples, 10M tokens or 5%"),
+]
+if TYPE_CHECKING:
+    Length = float  # a part gets plain numbers alone
+else:
+    Length = NonNegative | Amount
+"""Below 1 a fraction of the run, from 1 on a number of optimizer steps; or text with a unit, until the run knows."""
 
 _BOUNDS = {Gt: (">", "gt"), Ge: (">=", "ge"), Lt: ("<", "lt"), Le: ("<=", "le")}
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
@@ -39,6 +62,8 @@ def describe(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
         base, *bounds = get_args(annotation)
+        if told := [bound.documentation for bound in bounds if isinstance(bound, DocInfo)]:
+            return told[0]
         limits = [f"{_BOUNDS[type(b)][0]} {getattr(b, _BOUNDS[type(b)][1])}" for b in bounds if type(b) in _BOUNDS]
         return " ".join([describe(base), " and ".join(limits)]).strip()
     if origin is Literal:
@@ -47,6 +72,9 @@ def describe(annotation: Any) -> str:
         return " or ".join(describe(choice) for choice in get_args(annotation))
     if origin is list:
         return f"list of ({describe(get_args(annotation)[0])})"
+    if origin is dict:
+        key, value = map(describe, get_args(annotation))
+        return f"mapping from {key} to ({value})"
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import gc
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from llmtrain.checkpoint import TrainState
+from llmtrain.clipping import clip
 from llmtrain.config import Train
 from llmtrain.data.loader import Loader, Step
 from llmtrain.distributed import total, total_count
+from llmtrain.pace import Moment, Pace
 from llmtrain.precision import Precision
-from llmtrain.regularization import Regularizer
+from llmtrain.regularization.average import in_place_of
+from llmtrain.regularization.regularizer import Regularizer
+
+
+_EXACT = 20_000
+"""Steps up to which the sizes of all batches are added up."""
 
 
 class Watcher(Protocol):
@@ -44,15 +52,16 @@ class Job:
         save: Writes a checkpoint.
         watcher: Is told what happens.
         regularizer: Acts on weights and gradients beside the loss.
-        schedule: Multiplier of the learning rate from (step, steps).
+        pace: Schedules of learning rate, momentum, weight decay and batch size.
         precision: Number formats.
         length: How long to train.
-        grad_clip: Largest norm of the gradient, or None.
+        grad_clip: Where gradients are cut, or None.
+        clip_by: How: norm, value or adaptive.
         log_every: Steps per line of metrics.
         eval_every: Steps between evaluations.
         save_every: Steps between checkpoints, or None.
         save_best: Whether each best evaluation is saved.
-        amount_per_step: Tokens, or samples, in one step over all processes.
+        amount_per_sample: Tokens in one sample, or 1 where samples are counted.
         unit: What that amount is counted in.
         stop: Becomes true when a signal asks to stop.
     """
@@ -63,7 +72,7 @@ class Job:
     save: Callable[[TrainState], object]
     watcher: Watcher
     regularizer: Regularizer
-    schedule: Callable[[int, int], float]
+    pace: Pace
     precision: Precision
     length: Length
     grad_clip: float | None
@@ -71,8 +80,9 @@ class Job:
     eval_every: int
     save_every: int | None
     save_best: bool
-    amount_per_step: int
+    amount_per_sample: int
     unit: str = "tokens"
+    clip_by: Literal["norm", "value", "adaptive"] = "norm"
     stop: Callable[[], bool] = field(default=lambda: False)
 
 
@@ -88,16 +98,20 @@ def fit(state: TrainState, job: Job) -> str:
     """
     state.model.train()
     clock = _Clock(state)
-    batch = job.loader.step(state.batches)
+    batch = job.loader.step(state.samples)
     last = state.step >= job.length.steps(state.step, clock.seconds())
     with _collector_held():
         while not last:
             steps = max(job.length.steps(state.step, clock.seconds()), state.step + 1)
-            lr = _set_rate(state.optimizer, job.schedule(state.step, steps))
-            loss = _backward(state, job, batch)
-            state.batches += 1
-            batch = job.loader.step(state.batches)  # read and copied while the device computes
-            applied = _update(state, job, lr, loss)
+            now = job.pace.set(state.optimizer, state.step, steps, state.losses)
+            pieces = job.pace.pieces(job.loader.accumulate, state.step, steps, state.losses)
+            if len(batch.micro) != pieces:  # another size than was foreseen
+                batch = job.loader.step(state.samples, pieces)
+            loss = _gradients(state, job, batch)
+            state.samples += batch.samples
+            pieces = job.pace.pieces(job.loader.accumulate, state.step + 1, steps, state.losses)
+            batch = job.loader.step(state.samples, pieces)  # read and copied while the device computes
+            applied = _update(state, job, now, loss)
             if applied:
                 state.step += 1
             elif hopeless(loss, state.scaler):
@@ -112,13 +126,15 @@ def fit(state: TrainState, job: Job) -> str:
             every = (job.log_every, job.eval_every, job.save_every)
             log, judge, keep = (last or (applied and due(state.step, e)) for e in every)
             if (log or ((judge or keep or stop) and not _finite(state.pending))) and state.pending:
-                metrics = _measure(state, job, lr, clock)
+                metrics = _measure(state, job, now.lr, clock)
                 job.watcher.measured(state.step, metrics)
                 if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                     return "diverged"  # before anything is judged or saved
             with clock.paused():
                 if judge:
-                    state.last = job.evaluate()
+                    with judged(state):
+                        state.last = job.evaluate()
+                    state.losses.append(state.last["val_loss"])
                     if state.last["val_loss"] < state.best.get("val_loss", math.inf):
                         state.best = {"step": state.step, **state.last}
                         keep = keep or job.save_best
@@ -148,11 +164,18 @@ def _finite(pending: list[Tensor]) -> bool:
     return not pending or bool(torch.stack(pending).isfinite().all())
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
-    """Sets the step's learning rate in every group; returns that of the first."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * multiplier
-    return optimizer.param_groups[0]["lr"]
+def judged(state: TrainState) -> AbstractContextManager:
+    """While weights are judged or used: averages in the place of those that are trained, if there are any."""
+    return in_place_of(state.average()) if state.average is not None else nullcontext()
+
+
+def _gradients(state: TrainState, job: Job, batch: Step) -> Tensor:
+    """Makes the gradients of a step and returns the loss where the weights are."""
+    loss = _backward(state, job, batch)
+    if job.regularizer.uphill is not None:
+        with job.regularizer.uphill():
+            _backward(state, job, batch)
+    return loss
 
 
 def _backward(state: TrainState, job: Job, batch: Step) -> Tensor:
@@ -167,55 +190,70 @@ def _backward(state: TrainState, job: Job, batch: Step) -> Tensor:
     return total(torch.stack(sums).sum() if len(sums) > 1 else sums[0]) / count
 
 
-def _update(state: TrainState, job: Job, lr: float, loss: Tensor) -> bool:
+def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> bool:
     """Turns the gradients into a step of the weights; False if float16 gradients overflowed."""
-    optimizer, scaler = state.optimizer, state.scaler
-    scaler.unscale_(optimizer) if scaler.is_enabled() else None
-    job.regularizer.add_gradients()
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    applied = not scaler.is_enabled() or bool(torch.isfinite(norm))  # only float16 waits for the device here
-    if applied:
-        if job.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, job.grad_clip, norm)
-        job.regularizer.before_update(lr)
-        scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
-        job.regularizer.after_update(lr)
-        state.pending.append(torch.stack((loss.float(), norm.float())))
-    if scaler.is_enabled():
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer, scaler, regularizer = state.optimizer, state.scaler, job.regularizer
+    with state.masters.lifted() if state.masters is not None else nullcontext():
+        scaler.unscale_(optimizer) if scaler.is_enabled() else None
+        regularizer.add_gradients()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        applied = not scaler.is_enabled() or bool(torch.isfinite(norm))  # only float16 waits for the device here
+        if applied:
+            limit = job.grad_clip
+            cut = clip(parameters, job.clip_by, limit, norm) if limit is not None else torch.zeros_like(norm)
+            regularizer.before_update(now)
+            scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
+            regularizer.after_update(now)
+            state.pending.append(torch.stack((loss.float(), norm.float(), cut.float())))
+        if scaler.is_enabled():
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    if applied and regularizer.average is not None:
+        regularizer.average.update(now.step, now.steps)
     return applied
 
 
 def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str, float]:
     """The line of metrics for the steps since the last one. The only place where a step waits for the device."""
-    loss, norm = torch.stack(state.pending).double().mean(0).tolist()
+    loss, norm, cut = torch.stack(state.pending).double().mean(0).tolist()
     state.pending.clear()
-    metrics = {"loss": loss, "lr": lr, "grad_norm": norm, job.unit: float(state.batches * job.amount_per_step)}
-    penalty = float(job.regularizer.penalty())
-    if penalty:
-        metrics["penalty"] = penalty
+    metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "clipped": cut}
+    metrics[job.unit] = float(state.samples * job.amount_per_sample)
+    found = job.regularizer.metrics()
+    metrics |= dict(zip(found, torch.stack([f.double() for f in found.values()]).tolist() if found else [], strict=True))
     if state.scaler.is_enabled():
         metrics |= {"loss_scale": state.scaler.get_scale(), "skipped": float(state.skipped)}
     if job.loader.device.type == "cuda":
         metrics["memory_bytes"] = float(torch.cuda.max_memory_allocated(job.loader.device))
-    seconds, steps = clock.lap(state.step)
-    metrics |= {"step_seconds": seconds / steps, f"{job.unit}_per_second": job.amount_per_step * steps / seconds}
+    seconds, steps, samples = clock.lap(state)
+    amount = samples * job.amount_per_sample
+    metrics |= {"step_seconds": seconds / steps, f"{job.unit}_per_second": amount / seconds}
     return metrics
 
 
 class Length:
-    """How long to train: a number of steps, or as many as fit into a time."""
+    """How long to train: a number of steps, or as many as fit into a time.
 
-    def __init__(self, train: Train, samples: int, context: int):
+    Args:
+        train: The length and the size of a batch.
+        samples: In an epoch.
+        context: Tokens in a sample.
+        pace: Says how the size of a batch moves.
+
+    Attributes:
+        seconds: The time, if it is one.
+        samples: The samples, if it is a number of epochs.
+        pace: As given.
+    """
+
+    def __init__(self, train: Train, samples: int, context: int, pace: Pace):
         self.seconds = train.minutes * 60 if train.minutes is not None else None
-        self.samples = math.ceil(round(train.epochs * samples, 6)) if train.epochs is not None else None
-        self._steps = train.steps
-        if self.samples is not None:
-            self._steps = math.ceil(self.samples / train.batch_size)
-        elif train.tokens is not None:
-            self._steps = math.ceil(train.tokens / (train.batch_size * context))
+        self.samples = max(math.ceil(round(train.epochs * samples, 6)), 1) if train.epochs is not None else None
+        self.pace, self._train = pace, train
+        tokens = math.ceil(train.tokens / context) if train.tokens is not None else None
+        needed = self.samples if self.samples is not None else tokens
+        self._steps = train.steps if needed is None else self._steps_of(needed)
 
     def steps(self, step: int, seconds: float) -> int:
         """Steps in the whole run; for a run by the clock, as foreseen after `step` steps in `seconds`."""
@@ -226,21 +264,35 @@ class Length:
             return step
         return max(step + 1, round(step * self.seconds / seconds)) if step else 1000
 
+    def samples_in(self, steps: int) -> int:
+        """Samples that a run of so many steps takes; those of a very long run are estimated."""
+        most, at = self._train.accumulate, range(0, steps, -(-steps // _EXACT))
+        pieces = sum(self.pace.pieces(most, step, steps, ()) for step in at)
+        return round(pieces / len(at) * steps * self._train.batch_size / most)
+
+    def _steps_of(self, samples: int) -> int:
+        """The fewest steps that take so many samples, where the size of a batch depends on them in turn."""
+        fewest = most = math.ceil(samples / self._train.batch_size)
+        while self.samples_in(most) < samples:
+            most *= 2
+        return fewest + bisect_left(range(fewest, most), samples, key=self.samples_in)
+
 
 class _Clock:
     """Seconds of training, and seconds per step without evaluating and saving."""
 
     def __init__(self, state: TrainState):
         self._before, self._start = state.seconds, time.monotonic()
-        self._lap, self._lap_step = self._start, state.step
+        self._lap, self._lap_step, self._lap_samples = self._start, state.step, state.samples
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._start
 
-    def lap(self, step: int) -> tuple[float, int]:
+    def lap(self, state: TrainState) -> tuple[float, int, int]:
+        """Seconds, steps and samples since the last lap."""
         now = time.monotonic()
-        lap = max(now - self._lap, 1e-9), max(step - self._lap_step, 1)
-        self._lap, self._lap_step = now, step
+        lap = max(now - self._lap, 1e-9), max(state.step - self._lap_step, 1), state.samples - self._lap_samples
+        self._lap, self._lap_step, self._lap_samples = now, state.step, state.samples
         return lap
 
     @contextmanager

@@ -1,19 +1,22 @@
 """Losses (config group `loss`): one number per target, unreduced. The loop divides once, by all that count.
 
 Those of classes (cross_entropy, nll, focal) take outputs (..., classes) and class ids (...), of tokens or of
-samples. Those of numbers take outputs (B, n) and targets (B, n), and give the mean over the n. All compute in
-float32 or wider, whatever the model's outputs were rounded to.
+samples. Those of numbers take outputs (B, n) and targets (B, n), and give the mean over the n; of these, gaussian_nll
+and laplace_nll take outputs (B, 2n), a mean and a log-variance of each number. All compute in float32 or wider,
+whatever the model's outputs were rounded to.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.knobs import Fraction, NonNegative, Positive, require
+from llmtrain.knobs import Fraction, NonNegative, Portion, Positive, require
 
 
 def cross_entropy(
@@ -23,7 +26,7 @@ def cross_entropy(
     temperature: Positive,
     label_smoothing: Fraction,
     z_loss: NonNegative,
-    class_weights: list[NonNegative] | None,
+    class_weights: list[NonNegative] | Literal["balanced"] | None,
 ) -> Tensor:
     """-log softmax(outputs / temperature)[target], in nats.
 
@@ -43,8 +46,9 @@ def cross_entropy(
             nothing, PaLM takes 1e-4.
         class_weights: A factor for each class; the whole loss of a target is multiplied by that of its class. The
             mean still divides by the number of targets, not by the sum of their weights, so weights with a mean
-            above 1 also make larger steps. null weighs all alike. Raise: that class counts more, and is predicted
-            more often. Lower: it counts less; 0 leaves it out.
+            above 1 also make larger steps. null weighs all alike. balanced: samples / (classes x samples of the
+            class), counted in the training data, so that all classes count alike and the mean stays 1. Raise: that
+            class counts more, and is predicted more often. Lower: it counts less; 0 leaves it out.
 
     Returns:
         (...) losses, float32 or wider.
@@ -59,7 +63,7 @@ def cross_entropy(
     if z_loss:
         losses = losses + z_loss * outputs.logsumexp(-1).square()
     if class_weights is not None:
-        losses = losses * _per_class("class_weights", class_weights, outputs)[targets]
+        losses = losses * _per_output("class_weights", class_weights, outputs)[targets]
     return losses
 
 
@@ -80,7 +84,13 @@ def nll(outputs: Tensor, targets: Tensor) -> Tensor:
     return -_wide(outputs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))
 
 
-def focal(outputs: Tensor, targets: Tensor, *, gamma: NonNegative, alpha: NonNegative | list[NonNegative]) -> Tensor:
+def focal(
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    gamma: NonNegative,
+    alpha: NonNegative | list[NonNegative] | Literal["balanced"],
+) -> Tensor:
     """-alpha (1 - p)^gamma log p, with p the probability of the target (Lin et al. 2017, arXiv:1708.02002).
 
     Over a softmax of any number of classes; with two it is the paper's binary one. In nats; with gamma 0 and
@@ -92,8 +102,8 @@ def focal(outputs: Tensor, targets: Tensor, *, gamma: NonNegative, alpha: NonNeg
         gamma: How much targets that are easy already count less. Raise: only the hard ones are left; the paper
             takes 2. Lower: all count more alike; 0 is the cross-entropy.
         alpha: Factor of every loss, or a list of one for each class; the paper's alpha of 0.25 for two classes is
-            [0.75, 0.25]. Raise: larger losses, a class that counts more. Lower: smaller ones, a class that counts
-            less.
+            [0.75, 0.25]. balanced: samples / (classes x samples of the class), counted in the training data. Raise:
+            larger losses, a class that counts more. Lower: smaller ones, a class that counts less.
 
     Returns:
         (...) losses, float32 or wider.
@@ -102,23 +112,24 @@ def focal(outputs: Tensor, targets: Tensor, *, gamma: NonNegative, alpha: NonNeg
         ConfigError: If there are not as many alphas as classes.
     """
     nats = _nats(_wide(outputs), targets)
-    smallest = torch.finfo(nats.dtype).tiny  # a power below 1 has no slope at 0
-    losses = (-torch.expm1(-nats)).clamp_min(smallest) ** gamma * nats
-    return losses * (_per_class("alpha", alpha, outputs)[targets] if isinstance(alpha, list) else alpha)
+    losses = _power(-torch.expm1(-nats), gamma) * nats
+    return losses * (alpha if isinstance(alpha, (int, float)) else _per_output("alpha", alpha, outputs)[targets])
 
 
-def bce(outputs: Tensor, targets: Tensor, *, pos_weight: NonNegative | list[NonNegative]) -> Tensor:
+def bce(
+    outputs: Tensor, targets: Tensor, *, pos_weight: NonNegative | list[NonNegative] | Literal["balanced"]
+) -> Tensor:
     """Binary cross-entropy of several yes-or-no questions about each sample, in nats, their mean.
 
-    -(pos_weight y log p + (1 - y) log(1 - p)) with p = sigmoid(outputs). The outputs stay logits; the metrics of
-    task=regression compare them with the targets as they are.
+    -(pos_weight y log p + (1 - y) log(1 - p)) with p = sigmoid(outputs). The outputs stay logits: task=multilabel
+    reads them as such, task=regression compares them with the targets as they are.
 
     Args:
         outputs: (B, n) logits.
         targets: (B, n) numbers from 0 (no) to 1 (yes).
-        pos_weight: Factor of the loss where the answer is yes, or a list of one for each question. Raise: fewer yes
-            are missed, more false alarms. Lower: the opposite; no / yes in the data evens them out, 1 weighs both
-            alike.
+        pos_weight: Factor of the loss where the answer is yes, or a list of one for each question. balanced: no / yes
+            of each question, counted in the training data, which evens them out. Raise: fewer yes are missed, more
+            false alarms. Lower: the opposite; 1 weighs both alike.
 
     Returns:
         (B,) losses, float32 or wider.
@@ -128,23 +139,77 @@ def bce(outputs: Tensor, targets: Tensor, *, pos_weight: NonNegative | list[NonN
     """
     _check_numbers(outputs, targets)
     outputs = _wide(outputs)
-    weight = _per_class("pos_weight", pos_weight, outputs) if isinstance(pos_weight, list) else pos_weight
-    yes, no = F.logsigmoid(outputs), F.logsigmoid(-outputs)
-    return -(weight * targets * yes + (1 - targets) * no).mean(-1)
+    weight = pos_weight if isinstance(pos_weight, (int, float)) else _per_output("pos_weight", pos_weight, outputs)
+    return _yes_no(outputs, targets, weight).mean(-1)
 
 
-def mse(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error of each sample, over the numbers asked for: (B, n) and (B, n) give (B,)."""
-    return _errors(outputs, targets).square().mean(-1)
+def sigmoid_focal(outputs: Tensor, targets: Tensor, *, gamma: NonNegative, alpha: Portion | None) -> Tensor:
+    """The focal loss of several yes-or-no questions about each sample (Lin et al. 2017, arXiv:1708.02002), their mean.
+
+    -alpha_t (1 - p_t)^gamma log p_t, with p_t the probability of the right answer and alpha_t alpha for yes and
+    1 - alpha for no, as torchvision.ops.sigmoid_focal_loss has it. In nats where alpha is null and gamma 0; then it is
+    the binary cross-entropy.
+
+    Args:
+        outputs: (B, n) logits.
+        targets: (B, n) numbers from 0 (no) to 1 (yes).
+        gamma: How much answers that are easy already count less. Raise: only the hard ones are left; the paper takes 2.
+            Lower: all count more alike; 0 leaves the weights of alpha alone.
+        alpha: Weight of yes, with 1 - alpha that of no. null weighs both with 1. Raise: fewer yes are missed, more
+            false alarms. Lower: the opposite; the paper takes 0.25 beside gamma 2, where yes is rare but hard.
+
+    Returns:
+        (B,) losses, float32 or wider.
+    """
+    _check_numbers(outputs, targets)
+    outputs = _wide(outputs)
+    missed = outputs.sigmoid() * (1 - targets) + (-outputs).sigmoid() * targets
+    losses = _power(missed, gamma) * _yes_no(outputs, targets)
+    if alpha is not None:
+        losses = losses * (alpha * targets + (1 - alpha) * (1 - targets))
+    return losses.mean(-1)
 
 
-def mae(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean absolute error of each sample, over the numbers asked for: (B, n) and (B, n) give (B,)."""
-    return _errors(outputs, targets).abs().mean(-1)
+def mse(outputs: Tensor, targets: Tensor, *, output_weights: list[NonNegative] | None) -> Tensor:
+    """Mean squared error of each sample, over the numbers asked for.
+
+    Args:
+        outputs: (B, n) predictions.
+        targets: (B, n) numbers.
+        output_weights: A factor for each number, by which the mean is taken; it still divides by their count. null
+            weighs all alike. Raise: that number is fitted more closely, at the cost of the others. Lower: less; 0
+            leaves it out.
+
+    Returns:
+        (B,) losses, float32 or wider.
+
+    Raises:
+        ConfigError: If there are not as many weights as numbers.
+    """
+    return _mean(_errors(outputs, targets).square(), output_weights)
 
 
-def huber(outputs: Tensor, targets: Tensor, *, delta: Positive) -> Tensor:
-    """Squared for small errors and straight for large ones (Huber 1964): (B, n) and (B, n) give (B,).
+def mae(outputs: Tensor, targets: Tensor, *, output_weights: list[NonNegative] | None) -> Tensor:
+    """Mean absolute error of each sample, over the numbers asked for.
+
+    Args:
+        outputs: (B, n) predictions.
+        targets: (B, n) numbers.
+        output_weights: A factor for each number, by which the mean is taken; it still divides by their count. null
+            weighs all alike. Raise: that number is fitted more closely, at the cost of the others. Lower: less; 0
+            leaves it out.
+
+    Returns:
+        (B,) losses, float32 or wider.
+
+    Raises:
+        ConfigError: If there are not as many weights as numbers.
+    """
+    return _mean(_errors(outputs, targets).abs(), output_weights)
+
+
+def huber(outputs: Tensor, targets: Tensor, *, delta: Positive, output_weights: list[NonNegative] | None) -> Tensor:
+    """Squared for small errors and straight for large ones (Huber 1964).
 
     The mean of e^2 / 2 where |e| <= delta and delta (|e| - delta / 2) elsewhere, so outliers pull no harder than
     delta.
@@ -154,21 +219,148 @@ def huber(outputs: Tensor, targets: Tensor, *, delta: Positive) -> Tensor:
         targets: (B, n) numbers.
         delta: Error from which on the loss is straight, in the targets' units. Raise: nearer to half the squared
             error. Lower: outliers count less, nearer to delta times the absolute error.
+        output_weights: A factor for each number, by which the mean is taken; it still divides by their count. null
+            weighs all alike. Raise: that number is fitted more closely, at the cost of the others. Lower: less; 0
+            leaves it out.
+
+    Returns:
+        (B,) losses, float32 or wider.
+
+    Raises:
+        ConfigError: If there are not as many weights as numbers.
+    """
+    errors = _errors(outputs, targets)
+    losses = F.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=delta)
+    return _mean(losses, output_weights)
+
+
+def log_cosh(outputs: Tensor, targets: Tensor, *, output_weights: list[NonNegative] | None) -> Tensor:
+    """log(cosh(error)), half its square where small and |error| - log 2 where large; the mean of each sample.
+
+    Like huber with delta 1, and smooth everywhere: the slope is tanh(error).
+
+    Args:
+        outputs: (B, n) predictions.
+        targets: (B, n) numbers.
+        output_weights: A factor for each number, by which the mean is taken; it still divides by their count. null
+            weighs all alike. Raise: that number is fitted more closely, at the cost of the others. Lower: less; 0
+            leaves it out.
+
+    Returns:
+        (B,) losses, float32 or wider.
+
+    Raises:
+        ConfigError: If there are not as many weights as numbers.
+    """
+    size = _errors(outputs, targets).abs()
+    return _mean(size + F.softplus(-2 * size) - math.log(2), output_weights)
+
+
+def quantile(outputs: Tensor, targets: Tensor, *, level: Portion, output_weights: list[NonNegative] | None) -> Tensor:
+    """Pinball loss, least where the outputs are a quantile of the targets (Koenker & Bassett 1978).
+
+    The mean of level e where a target lies e above its output and (1 - level) e where it lies e below. At level 0.5
+    it is half the absolute error, and the outputs are medians.
+
+    Args:
+        outputs: (B, n) predictions.
+        targets: (B, n) numbers.
+        level: Share of the targets that shall lie below the outputs. Raise: higher outputs, 0.95 for a bound that
+            is seldom passed. Lower: lower outputs.
+        output_weights: A factor for each number, by which the mean is taken; it still divides by their count. null
+            weighs all alike. Raise: that number is fitted more closely, at the cost of the others. Lower: less; 0
+            leaves it out.
+
+    Returns:
+        (B,) losses, float32 or wider.
+
+    Raises:
+        ConfigError: If there are not as many weights as numbers.
+    """
+    errors = _errors(outputs, targets)
+    return _mean(torch.maximum((1 - level) * errors, -level * errors), output_weights)
+
+
+def poisson_nll(outputs: Tensor, targets: Tensor) -> Tensor:
+    """-log of the Poisson probability of counts, in nats, the mean of each sample.
+
+    exp(outputs) - targets * outputs + log(targets!): the outputs are logarithms of the rates. As
+    torch.nn.PoissonNLLLoss with log_input, and the last term in full, so that it compares with other models.
+
+    Args:
+        outputs: (B, n) log-rates.
+        targets: (B, n) counts, whole numbers from 0 on.
 
     Returns:
         (B,) losses, float32 or wider.
     """
-    errors = _errors(outputs, targets)
-    return F.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=delta).mean(-1)
+    _check_numbers(outputs, targets)
+    outputs, targets = _wide(outputs), _wide(targets)
+    return (outputs.exp() - targets * outputs + torch.lgamma(targets + 1)).mean(-1)
 
 
-def log_cosh(outputs: Tensor, targets: Tensor) -> Tensor:
-    """log(cosh(error)), half its square where small and |error| - log 2 where large; the mean of each sample.
+def gaussian_nll(outputs: Tensor, targets: Tensor, *, min_variance: Positive) -> Tensor:
+    """-log density of a normal distribution whose mean and variance the model gives (Nix & Weigend 1994), in nats.
 
-    (B, n) and (B, n) give (B,). Like huber with delta 1, and smooth everywhere: the slope is tanh(error).
+    (log(2 pi v) + e^2 / v) / 2, its mean over the numbers of a sample; as torch.nn.GaussianNLLLoss with full.
+
+    Args:
+        outputs: (B, 2n): n means, then n log-variances.
+        targets: (B, n) numbers.
+        min_variance: The least variance that is believed, in the square of the targets' units. Raise: small errors
+            pull less hard, steadier. Lower: the model may be surer of itself.
+
+    Returns:
+        (B,) losses, float32 or wider.
     """
-    size = _errors(outputs, targets).abs()
-    return (size + F.softplus(-2 * size) - math.log(2)).mean(-1)
+    errors, log_variance = _errors_and_log_variance(outputs, targets, min_variance)
+    return (math.log(2 * math.pi) + log_variance + errors.square() * (-log_variance).exp()).mean(-1) / 2
+
+
+def laplace_nll(outputs: Tensor, targets: Tensor, *, min_variance: Positive) -> Tensor:
+    """-log density of a Laplace distribution whose mean and variance the model gives, in nats.
+
+    log(2 b) + |e| / b with the variance 2 b^2, its mean over the numbers of a sample. Outliers pull less hard than
+    in gaussian_nll.
+
+    Args:
+        outputs: (B, 2n): n means, then n log-variances.
+        targets: (B, n) numbers.
+        min_variance: The least variance that is believed, in the square of the targets' units. Raise: small errors
+            pull less hard, steadier. Lower: the model may be surer of itself.
+
+    Returns:
+        (B,) losses, float32 or wider.
+    """
+    errors, log_variance = _errors_and_log_variance(outputs, targets, min_variance)
+    log_scale = (log_variance - math.log(2)) / 2
+    return (math.log(2) + log_scale + errors.abs() * (-log_scale).exp()).mean(-1)
+
+
+_COUNTED = ("class_weights", "alpha", "pos_weight")
+"""The knobs that take the word `balanced`."""
+
+
+def balanced_knobs(knobs: Mapping[str, Any]) -> list[str]:
+    """Those of a loss's knobs that say `balanced`."""
+    return [knob for knob in _COUNTED if knobs.get(knob) == "balanced"]
+
+
+def balanced(knobs: Mapping[str, Any], counts: Sequence[int], samples: int) -> dict[str, Any]:
+    """The knobs of a loss, with numbers where they say `balanced`.
+
+    As scikit-learn's compute_class_weight, over the classes that there are samples of; a class without any weighs 0. A
+    question that is always answered alike keeps a pos_weight of 1.
+
+    Args:
+        knobs: The values by knob.
+        counts: Training samples of each class, or that answer each question with yes.
+        samples: All of them.
+    """
+    present = sum(count > 0 for count in counts)
+    classes = [samples / (present * count) if count else 0.0 for count in counts]
+    answers = [(samples - count) / count if 0 < count < samples else 1.0 for count in counts]
+    return {**knobs, **{k: answers if k == "pos_weight" else classes for k in balanced_knobs(knobs)}}
 
 
 def _wide(outputs: Tensor) -> Tensor:
@@ -189,10 +381,42 @@ def _errors(outputs: Tensor, targets: Tensor) -> Tensor:
     return _wide(outputs) - targets
 
 
-def _per_class(knob: str, weights: list[float], outputs: Tensor) -> Tensor:
-    """(classes,) weights beside the outputs (..., classes)."""
-    classes = outputs.size(-1)
-    require(**{knob: (len(weights) == classes, weights, f"needs one number for each of the {classes} outputs")})
+def _errors_and_log_variance(outputs: Tensor, targets: Tensor, min_variance: float) -> tuple[Tensor, Tensor]:
+    """Of outputs (B, 2n) and targets (B, n), both (B, n).
+
+    The slope of a log-variance below the least one is not cut to 0 but falls with the variance, as torch has it: it can
+    rise again.
+    """
+    if targets.dim() != 2 or outputs.shape != (targets.size(0), 2 * targets.size(1)):
+        raise ValueError(f"targets {tuple(targets.shape)} do not go with outputs {tuple(outputs.shape)}")
+    mean, given = _wide(outputs).chunk(2, -1)
+    believed = given.detach().clamp_min(math.log(min_variance))
+    share = (given - believed).exp()  # 1, below the least variance less
+    return mean - targets, believed + share - share.detach()
+
+
+def _yes_no(outputs: Tensor, targets: Tensor, pos_weight: float | Tensor = 1.0) -> Tensor:
+    """Binary cross-entropy of each question, from logits in float32 or wider."""
+    return -(pos_weight * targets * F.logsigmoid(outputs) + (1 - targets) * F.logsigmoid(-outputs))
+
+
+def _power(probability: Tensor, gamma: float) -> Tensor:
+    """With a slope that is finite: a power below 1 has none at 0."""
+    return probability.clamp_min(torch.finfo(probability.dtype).tiny) ** gamma
+
+
+def _mean(losses: Tensor, output_weights: list[float] | None) -> Tensor:
+    """Of the losses (B, n) of a sample's numbers, weighted."""
+    if output_weights is not None:
+        losses = losses * _per_output("output_weights", output_weights, losses)
+    return losses.mean(-1)
+
+
+def _per_output(knob: str, weights: Any, outputs: Tensor) -> Tensor:
+    """(n,) weights beside the outputs (..., n)."""
+    n = outputs.size(-1)
+    holds = not isinstance(weights, str) and len(weights) == n
+    require(**{knob: (holds, weights, f"needs one number for each of the {n} outputs")})
     dtype = torch.promote_types(outputs.dtype, torch.float32)
     return torch.tensor(weights, dtype=dtype).to(outputs.device, non_blocking=True)  # does not wait for the device
 

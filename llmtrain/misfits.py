@@ -9,18 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from llmtrain import folder, hardware
-from llmtrain.build import Choice
-from llmtrain.config import RunConfig
+from llmtrain.build import SCHEDULES, Choice
+from llmtrain.config import RunConfig, Train
 from llmtrain.distributed import world
 from llmtrain.knobs import ConfigError, Misfit
-from llmtrain.optim.groups import param_groups, weights_of
-from llmtrain.run import provisional, setup_for
+from llmtrain.losses import balanced_knobs
+from llmtrain.optim.groups import param_groups
+from llmtrain.pace import has_decay, has_momentum
+from llmtrain.precision import Precision
+from llmtrain.regularization.regularizer import Regularizer
+from llmtrain.run import provisional, provisional_loss, setup_for
+from llmtrain.schedules import in_steps
 from llmtrain.tasks import Task, blank_targets
 from llmtrain.types import DataSpec
 
 _LARGEST_BATCH = 1 << 20
+_SAMPLES = 1000
+"""In an epoch of data that nobody has read."""
 
 
 def part_misfits(config: RunConfig) -> list[Misfit]:
@@ -41,6 +49,7 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
             why = (str(error) or type(error).__name__).splitlines()[0]
             misfits.append(Misfit(prefix, "as given", f"cannot be built or cannot take this data: {why}"))
 
+    precision = None
     misfits += _sizes(config) + _decays(config)
     if config.run is not None:
         with told():
@@ -50,11 +59,9 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         with told():
             device = hardware.choose_device(config.train.device)
             with told("precision"):
-                _ask(config.precision, device)
+                precision = _ask(config.precision, device)
     with told("tokenizer"):
         _ask(config.tokenizer, [])
-    with told("schedule"):
-        _ask(config.schedule, 0, 10)
     spec = task = None
     if config.data is not None and config.tokenizer is not None and config.eval is not None:
         with told("data"):
@@ -62,25 +69,44 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         if spec is not None:
             with told("task"):
                 task = _ask(config.task, spec, None)
+        if spec is not None:
+            with told("augment"):
+                _ask(config.augment, spec, None)
+    for group in SCHEDULES:
+        with told(group):
+            _ask_schedule(getattr(config, group), config, spec or _any_text(config))
     model = None
     with told("model"), torch.device("meta"):
-        model = _ask(config.model, spec or _any_text(config))
+        known = spec or _any_text(config)
+        model = _ask(config.model, task.asked(known) if task is not None else known)
         if model is not None and spec is not None and task is not None:
             misfits += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
+            misfits += _inseparable(config.train, model)
     with torch.device("meta"):
         if model is not None:
             with told("init"):
                 _ask(config.init, model)
         groups = param_groups(model or nn.Linear(2, 2))
+        if model is not None and config.params is not None:
+            with told("params"):
+                groups = param_groups(model, **{k: v for k, v in vars(config.params).items() if v is not None})
+        optimizer = regularizer = None
         with told("optim"):
-            _ask(config.optim, groups)
+            optimizer = _ask(config.optim, groups)
         with told("regularization"):
-            _ask(config.regularization, weights_of(groups))
-    return misfits
+            regularizer = _ask(config.regularization, model, groups) if model is not None else None
+    return misfits + _idle(config, optimizer) + _at_odds(precision, optimizer, regularizer)
 
 
 def _ask(choice: Choice | None, *given: Any) -> Any:
     return choice.build(*given) if choice is not None else None
+
+
+def _ask_schedule(choice: Choice | None, config: RunConfig, spec: DataSpec) -> None:
+    """Asks for the first of some steps; what an epoch is, only the data knows."""
+    batch_size = (config.train and config.train.batch_size) or 1
+    if choice is not None:
+        in_steps(choice, batch_size, _SAMPLES, spec).build(0, 10, [])
 
 
 def _sizes(config: RunConfig) -> list[Misfit]:
@@ -101,6 +127,41 @@ def _decays(config: RunConfig) -> list[Misfit]:
     twice = config.optim.values.get("weight_decay") and config.regularization.values.get("weight_decay")
     rule = "decays weights beside regularization.weight_decay; set one of them to 0"
     return [Misfit("optim.weight_decay", config.optim.values["weight_decay"], rule)] if twice else []
+
+
+def _idle(config: RunConfig, optimizer: Optimizer | None) -> list[Misfit]:
+    """Schedules that have nothing to move."""
+    rules = {}
+    if optimizer is not None and not has_momentum(optimizer):
+        rules["momentum_schedule"] = "moves a momentum, and this optimizer has none"
+    decays = config.regularization is None or config.regularization.values.get("weight_decay")
+    if optimizer is not None and not has_decay(optimizer) and not decays:
+        rules["weight_decay_schedule"] = "moves a weight decay, and there is none; set regularization.weight_decay"
+    if config.train is not None and config.train.accumulate == 1:
+        rules["batch_schedule"] = "moves the number of micro-batches in a step; set train.accumulate to their most"
+    moving = {group: choice for group in rules if (choice := getattr(config, group)) is not None and _moves(choice)}
+    return [Misfit(f"{group}.name", choice.part.name, rules[group]) for group, choice in moving.items()]
+
+
+def _moves(schedule: Choice) -> bool:
+    return schedule.part.name != "constant" or schedule.values["warmup"] not in (0, "0")
+
+
+def _at_odds(precision: Precision | None, optimizer: Optimizer | None, regularizer: Regularizer | None) -> list[Misfit]:
+    """Parts that do not go together, each of them alright alone."""
+    misfits = []
+    averages = hasattr(optimizer, "average")
+    if averages and regularizer is not None and regularizer.average is not None:
+        rule = "is a second average beside the optimizer's own; use average=none"
+        misfits.append(Misfit("regularization.average", regularizer.average.kind, rule))
+    if precision is not None and precision.rounding is not None:
+        if averages:
+            rule = "holds weights between updates in bfloat16, and this optimizer averages them in float32"
+            misfits.append(Misfit("precision.name", "bf16_weights", rule))
+        if regularizer is not None and regularizer.uphill is not None:
+            rule = "moves weights by less than bfloat16 can tell; use precision=bf16"
+            misfits.append(Misfit("regularization.sam", "above 0", rule))
+    return misfits
 
 
 def _check_resume(config: RunConfig) -> None:
@@ -130,7 +191,11 @@ def _unscorable(task: Task, model: nn.Module, spec: DataSpec, loss: Choice | Non
     """A loss that cannot be taken of what this model says of this task."""
     if loss is None:
         return []
-    batch = spec.outputs + 1  # another number than that of the outputs, for shapes that fit by chance alone
+    if (uncounted := balanced_knobs(loss.values)) and not task.counted:
+        rule = f"counts the classes of the samples, and task={task.name} has none to count; give a list of numbers"
+        return [Misfit(f"loss.{knob}", "balanced", rule) for knob in uncounted]
+    loss = provisional_loss(loss, spec)
+    batch = task.asked(spec).outputs + 1  # another number than that of the outputs, for shapes that fit by chance alone
     outputs, targets = model.eval()(hardware.blank(spec, batch)), blank_targets(task, spec, batch)
     try:
         fits = loss.build(outputs, targets).shape == (targets.shape[:1] if task.numbers else targets.shape)
@@ -138,9 +203,19 @@ def _unscorable(task: Task, model: nn.Module, spec: DataSpec, loss: Choice | Non
         return [misfit.under("loss") for misfit in error.misfits]
     except (RuntimeError, ValueError, IndexError):
         fits = False
-    kind = "numbers, as mse and mae do" if task.numbers else "classes, as cross_entropy does"
-    rule = f"does not fit task={task.name}, which asks for a loss that compares {kind}"
+    rule = f"does not fit task={task.name}, which asks for a loss that compares {task.losses}"
     return [] if fits else [Misfit("loss.name", loss.part.name, rule)]
+
+
+def _inseparable(train: Train | None, model: nn.Module) -> list[Misfit]:
+    """A model whose outputs cannot be taken for some tokens at a time."""
+    if train is None or train.head_chunk is None or getattr(model, "token_head", None) is not None:
+        return []
+    rule = (
+        "goes with a transformer that gives each token its logits, without batch norm in its head; "
+        "take null for this model and data"
+    )
+    return [Misfit("train.head_chunk", train.head_chunk, rule, "null")]
 
 
 def _any_text(config: RunConfig) -> DataSpec:

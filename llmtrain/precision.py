@@ -1,4 +1,7 @@
-"""Number formats of the arithmetic (config group `precision`). Weights and optimizer state stay float32."""
+"""Number formats of the arithmetic (config group `precision`).
+
+Weights stay float32, but for bf16_weights; the optimizer's state always does.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from llmtrain.knobs import Count, Fraction, Positive, require
+from llmtrain.masters import Rounding
 
 
 class Precision(NamedTuple):
@@ -20,12 +24,14 @@ class Precision(NamedTuple):
         scaler: Scales the loss so that float16 gradients do not vanish; disabled elsewhere.
         dtype: Format of the matrix products.
         why: Why this one, in words.
+        rounding: How weights are rounded to bfloat16 after each update; None: they stay float32.
     """
 
     autocast: Callable[[], AbstractContextManager]
     scaler: torch.amp.GradScaler
     dtype: torch.dtype
     why: str
+    rounding: Rounding | None = None
 
 
 def _precision(
@@ -63,6 +69,21 @@ def bf16(device: torch.device) -> Precision:
     capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     require(name=(capable, "bf16", f"this device ({_name(device)}) has no bfloat16; use precision=fp16"))
     return _precision(device, torch.bfloat16, "bf16: as asked")
+
+
+def bf16_weights(device: torch.device, *, rounding: Literal["nearest", "stochastic", "compensated"]) -> Precision:
+    """bf16, and the weights too are in bfloat16: half the memory for weights and gradients.
+
+    Each update is computed in float32, on copies that are there only while it lasts, and rounded to bfloat16 after.
+    Gradients of several micro-batches are added up in bfloat16.
+
+    Args:
+        rounding: nearest: loses every step that is smaller than 1/512 of a weight. stochastic: up or down at random,
+            right on average (Gupta et al. 2015, arXiv:1502.02551). compensated: keeps what is lost in two more bytes
+            a weight and adds it to the next update (Zamirai et al. 2020, arXiv:2010.06192); all but float32.
+    """
+    made = bf16(device)
+    return made._replace(rounding=rounding, why=f"bf16 weights, {rounding} rounding: as asked")
 
 
 def fp16(

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain import checkpoint, folder, hardware
+from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
+from llmtrain.chunked import in_chunks
 from llmtrain.config import RunConfig
 from llmtrain.data.loader import Loader
 from llmtrain.display import Screen
@@ -26,12 +28,17 @@ from llmtrain.distributed import rank, world
 from llmtrain.evaluate import evaluate
 from llmtrain.generate import generate
 from llmtrain.knobs import UserError
-from llmtrain.loop import Job, Length, fit
-from llmtrain.optim.groups import param_groups, weights_of
+from llmtrain.loop import Job, Length, fit, judged
+from llmtrain.losses import balanced, balanced_knobs
+from llmtrain.masters import Masters
+from llmtrain.optim.groups import param_groups
+from llmtrain.pace import Pace, remember
 from llmtrain.precision import Precision
-from llmtrain.regularization import Regularizer
+from llmtrain.regularization.regularizer import Regularizer
+from llmtrain.schedules import in_steps
 from llmtrain.stop import Stop
 from llmtrain.story import Origin, Scene, Watcher, conclude, summarize
+from llmtrain.tasks import Task, with_baseline
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import Data, DataSpec, Result, Samples, Setup
 
@@ -41,6 +48,11 @@ def provisional(spec: DataSpec, config: RunConfig) -> DataSpec:
     if spec.shape or spec.vocab:
         return spec
     return replace(spec, vocab=config.tokenizer.values.get("vocab_size", 50257))
+
+
+def provisional_loss(loss: Choice, spec: DataSpec) -> Choice:
+    """The loss as it is before the data is read: where its knobs say `balanced`, there are as many of each class."""
+    return replace(loss, values=balanced(loss.values, [1] * spec.outputs, spec.outputs))
 
 
 def setup_for(config: RunConfig, roles: Sequence[str] | None = None, progress: Any = None) -> Setup:
@@ -65,12 +77,14 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     """The run's data, tokenized now or found in the cache.
 
     Raises:
-        UserError: If the data cannot be used.
+        UserError: If the data cannot be used, or not for this task.
     """
     spec = provisional(config.data.build(setup_for(config)), config)
-    roles = config.task.build(spec, None).special_tokens
+    asking = (config.task.build(spec, None), config.augment.build(spec, None))
+    roles = tuple(dict.fromkeys(role for part in asking if part is not None for role in part.special_tokens))
     try:
-        return config.data.build(setup_for(config, roles, screen.preparing))
+        data: Data = config.data.build(setup_for(config, roles, screen.preparing))
+        return with_baseline(data, config.task.build(data.spec, data.tokenizer))
     finally:
         screen.prepared()
 
@@ -104,15 +118,15 @@ def _train_in(
     place: Path, config: RunConfig, origin: Origin, data: Data, device: torch.device, screen: Screen
 ) -> Result:
     precision: Precision = config.precision.build(device)
-    state, regularizer = _make(config, data.spec, device, precision)
+    task = config.task.build(data.spec, data.tokenizer)
+    state, regularizer = _make(config, task.asked(data.spec), device, precision)
     source = _find_source(place, config, screen)
     record = _resume(source, state, config, data) if source is not None else {}
     screen.keep_log(place / "log.txt")
     folder.write_config(place, config.plain(), origin.overrides, origin.choices)
     if data.tokenizer is not None:
         data.tokenizer.save(place / "tokenizer.json")
-    length = Length(config.train, len(data.train), data.spec.context)
-    task = config.task.build(data.spec, data.tokenizer)
+    length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))
     scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen)
     stop = Stop()
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
@@ -127,10 +141,21 @@ def _train_in(
         metrics = {**folder.earlier_metrics(place, state.step), **watcher.last, **state.last}
         result = Result(place, status, state.step, metrics, state.best, signal=stop.signal)
         if status == "finished":
-            result.sample = _sample(scene)
-            result.metrics |= _test(scene)
+            with judged(state):
+                result.sample = _sample(scene)
+                result.metrics |= _test(scene)
     conclude(scene, result)
     return result
+
+
+def pace_of(config: RunConfig, samples: int, spec: DataSpec) -> Pace:
+    """The schedules of a run, whose epochs have so many samples.
+
+    Raises:
+        ConfigError: If a length is in tokens, and the data has none.
+    """
+    chosen = (config.schedule, config.momentum_schedule, config.weight_decay_schedule, config.batch_schedule)
+    return Pace(*(in_steps(choice, config.train.batch_size, samples, spec).bind() for choice in chosen))
 
 
 def _make(
@@ -146,12 +171,12 @@ def _make(
     if (load := getattr(model, "load_pretrained", None)) is not None:
         load()
     model.to(device)
-    groups = param_groups(model)
-    optimizer = config.optim.build(groups)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    regularizer = config.regularization.build(weights_of(groups))
-    return TrainState(model, optimizer, precision.scaler), regularizer
+    groups = param_groups(model, **vars(config.params))
+    masters = Masters(model, groups, precision.rounding) if precision.rounding is not None else None
+    optimizer = remember(config.optim.build(groups))
+    regularizer = config.regularization.build(model, groups)
+    average = regularizer.average or getattr(optimizer, "average", None)
+    return TrainState(model, optimizer, precision.scaler, average=average, masters=masters), regularizer
 
 
 def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: Stop) -> Job:
@@ -165,36 +190,49 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
         device=scene.device,
         limit=scene.length.samples,
         vary=scene.task.vary,
+        augment=config.augment.build(data.spec, data.tokenizer),
         rank=rank(),
         world=world(),
     )
-    extra = {"fingerprint": data.fingerprint, "config": config.plain(), "batch_size": train.batch_size}
-    extra |= {"spec": asdict(data.spec)}
+    whole = train.compile == "model"
+    extra = {"fingerprint": data.fingerprint, "config": config.plain(), "spec": asdict(scene.task.asked(data.spec))}
+    loss = counted(config.loss, scene.task, data).bind()
     return Job(
         loader=loader,
-        loss=_compiled(summed(model, config.loss.bind()), model, train.compile),
+        loss=_compiled(summed(model, loss, train.head_chunk, whole), model, train.compile),
         evaluate=_judge(scene, data.val, config.eval.batches and config.eval.batches * train.accumulate),
         save=lambda state: checkpoint.save(scene.place / "checkpoints", state, config.checkpoint.keep, extra),
         watcher=watcher,
         regularizer=regularizer,
-        schedule=config.schedule.bind(),
+        pace=scene.length.pace,
         precision=scene.precision,
         length=scene.length,
         grad_clip=train.grad_clip,
+        clip_by=train.clip_by,
         log_every=config.log.every,
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
         save_best=config.checkpoint.best,
-        amount_per_step=train.batch_size * data.spec.context,
+        amount_per_sample=data.spec.context,
         unit=data.spec.unit,
         stop=stop,
     )
 
 
+def counted(loss: Choice, task: Task, data: Data) -> Choice:
+    """The loss with numbers where its knobs say `balanced`: by the classes, or answers yes, of the training samples."""
+    if not balanced_knobs(loss.values):
+        return loss
+    targets = task.targets(data.train)
+    counts = (targets > 0.5).sum(0) if targets.ndim > 1 else np.bincount(targets, minlength=data.spec.outputs)
+    return replace(loss, values=balanced(loss.values, counts.tolist(), len(targets)))
+
+
 def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "val") -> Callable[[], dict[str, float]]:
     """Measures the task's metrics on samples that are not learned from; compiled once, however often it is called."""
     train, model = scene.config.train, scene.model
-    score = _compiled(added_up(model, scene.task.score), model, train.compile)
+    whole = train.compile == "model"
+    score = _compiled(added_up(model, scene.task.score, train.head_chunk, whole), model, train.compile)
     size = train.batch_size // (train.accumulate * world())
     return partial(evaluate, model, score, samples, scene.task, scene.precision, size, batches, prefix)
 
@@ -204,17 +242,38 @@ def _test(scene: Scene) -> dict[str, float]:
     return _judge(scene, scene.data.test, None, "test")() if scene.data.test is not None else {}
 
 
-def summed(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Model and loss in one function, so that they can be compiled together: the sum over what counts."""
+def summed(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], chunk: int | None = None, compiled: bool = False
+) -> Callable[..., Tensor]:
+    """Model and loss in one function, so that they can be compiled together: the sum over what counts.
 
-    def compute(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        return (loss(model(inputs), targets) * mask).sum()
+    Args:
+        model: Gives outputs.
+        loss: (...) losses of outputs and targets.
+        chunk: Most tokens whose logits are there at a time, see `llmtrain.chunked`; None: all.
+        compiled: Whether the function will be.
+    """
+    if chunk is not None:
+        return in_chunks(model, loss, chunk, compiled)
+
+    def compute(
+        inputs: Tensor, targets: Tensor, mask: Tensor, others: Tensor | None = None, share: Tensor | None = None
+    ) -> Tensor:
+        outputs = model(inputs)
+        losses = loss(outputs, targets)
+        if others is not None and share is not None:  # a `Mixed`
+            losses = share * losses + (1 - share) * loss(outputs, others)
+        return (losses * mask).sum()
 
     return compute
 
 
-def added_up(model: nn.Module, score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Model and a task's score in one function: the k sums over the targets that count."""
+def added_up(
+    model: nn.Module, score: Callable[[Tensor, Tensor], Tensor], chunk: int | None = None, compiled: bool = False
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Model and a task's score (..., k) in one function, as `summed`: the k sums over the targets that count."""
+    if chunk is not None:
+        return in_chunks(model, score, chunk, compiled)
 
     def compute(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return (score(model(inputs), targets) * mask.unsqueeze(-1)).flatten(0, -2).sum(0)
@@ -249,8 +308,6 @@ def _resume(source: Path, state: TrainState, config: RunConfig, data: Data) -> d
             f"{source}: was trained on other data, or the data or the tokenizer has changed since; "
             f"a run goes on only with the same tokens"
         )
-    if record["batch_size"] != config.train.batch_size:  # the data's clock counts batches: keep its place
-        state.batches = state.batches * record["batch_size"] // config.train.batch_size
     return record
 
 

@@ -1,16 +1,71 @@
-"""Learning-rate schedules (config group `schedule`): pure functions of the step that multiply `optim.lr`.
+"""Schedules (config group `schedule` and those named `..._schedule`): what multiplies a quantity at each step.
 
-Each takes the step (0 is the first) and the length of the run in steps, and returns a number from 0 to 1.
-All but one_cycle, which has a rise of its own, begin with a linear warm-up from 1/warmup to 1. A warm-up that
-is longer than the run is cut off where the run ends. Only the step is ever saved.
+They are pure functions. Each takes the step (0 is the first) and the length of the run in steps, one of them also
+the validation losses so far, oldest first, and returns a number from 0 to 1. All but one_cycle, which has a rise of
+its own, begin with a linear warm-up from 1/warmup to 1. A warm-up that is longer than the run is cut off where the
+run ends. Only the step and the losses are ever saved.
+
+What is said of the rate, `optim.lr`, holds for the other quantities that a schedule may move. Lengths with a unit
+become plain ones before a schedule is called (`in_steps`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
-from llmtrain.knobs import Count, Fraction, Length, Positive, Share, require
+from llmtrain.build import Choice, takes
+from llmtrain.knobs import (
+    Amount,
+    ConfigError,
+    Count,
+    Fraction,
+    Length,
+    Misfit,
+    Natural,
+    NonNegative,
+    Portion,
+    Positive,
+    Share,
+    amount,
+    require,
+)
+from llmtrain.types import DataSpec
+
+
+def in_steps(choice: Choice, batch_size: int, samples: int, spec: DataSpec) -> Choice:
+    """The schedule with each length that has a unit as a plain one: a fraction of the run, or a number of steps.
+
+    Args:
+        choice: A checked schedule.
+        batch_size: Samples in one step.
+        samples: Samples in one epoch.
+        spec: The data, which knows the tokens in one sample.
+
+    Raises:
+        ConfigError: If a length is in tokens, and the data has none.
+    """
+    per_step = {"step": 1.0, "sample": batch_size, "epoch": batch_size / samples}
+    if spec.unit == "tokens":
+        per_step["token"] = batch_size * spec.context
+    lengths = {knob: value for knob, value in choice.values.items() if takes(Amount, choice.part.knobs[knob])}
+    return replace(choice, values={**choice.values, **{k: _plain(k, v, per_step) for k, v in lengths.items()}})
+
+
+def _plain(knob: str, length: Any, per_step: Mapping[str, float]) -> Any:
+    if isinstance(length, list):
+        return [_plain(knob, each, per_step) for each in length]
+    if not isinstance(length, str) or (found := amount(length)) is None:
+        return length
+    number, unit = found
+    if unit == "%":
+        return min(number / 100, math.nextafter(1, 0))  # all of the run is still a fraction
+    if unit not in per_step:
+        rule = "counts tokens, and this data has none; count samples or epochs"
+        raise ConfigError([Misfit(knob, length, rule)])
+    return float(math.ceil(round(number / per_step[unit], 6)))
 
 
 def _count(length: float, steps: int) -> int:
@@ -137,7 +192,7 @@ def exponential(step: int, steps: int, *, warmup: Length, floor: Share) -> float
     return warm * floor**t
 
 
-def step(step: int, steps: int, *, warmup: Length, every: Positive, gamma: Share, floor: Fraction) -> float:
+def step(step: int, steps: int, *, warmup: Length, every: Length, gamma: Share, floor: Fraction) -> float:
     """Stairs: the rate is multiplied by `gamma` after each `every` steps, counted from the start of the run.
 
     Args:
@@ -172,7 +227,7 @@ def multistep(
     return _warm(step, steps, warmup)[0] * max(gamma**passed, floor)
 
 
-def inverse_sqrt(step: int, steps: int, *, warmup: Length, timescale: Positive, floor: Fraction) -> float:
+def inverse_sqrt(step: int, steps: int, *, warmup: Length, timescale: Length, floor: Fraction) -> float:
     """Falls with one over the root of the time: sqrt(timescale / (timescale + steps after the warm-up)).
 
     With a timescale of the warm-up's length that is the Transformer's (Vaswani et al. 2017, arXiv:1706.03762),
@@ -256,3 +311,51 @@ def wsd(
     require(decay=(not together, decay, f"and warmup={warmup} add up to more than 1"))
     begin = max(steps - 1 - _count(decay, steps), _count(warmup, steps))
     return _warm(step, steps, warmup)[0] * _between(1, floor, _fall(shape, _progress(step, begin, steps - 1)))
+
+
+def plateau(
+    step: int,
+    steps: int,
+    losses: Sequence[float],
+    *,
+    warmup: Length,
+    factor: Portion,
+    patience: Natural,
+    threshold: NonNegative,
+    threshold_mode: Literal["rel", "abs"],
+    cooldown: Natural,
+    floor: Fraction,
+) -> float:
+    """Stairs where the validation loss stalls: `factor` once for each time that it has not improved for too long.
+
+    It equals torch.optim.lr_scheduler.ReduceLROnPlateau, which steps at each evaluation; here it follows from the
+    losses of all evaluations so far, those during the warm-up too.
+
+    Args:
+        warmup: Steps (from 1 on) or fraction of the run (below 1) over which the rate rises to its peak.
+            Raise: calmer start. Lower: faster start; 0 begins at the peak.
+        factor: Factor of each decay. Raise: smaller drops. Lower: larger drops.
+        patience: Evaluations in a row without improvement that are borne; the next one lowers the rate. Raise:
+            waits longer, and noise lowers less. Lower: decays sooner; 0 decays at once.
+        threshold: What a loss must be below the best one to count as an improvement. Raise: small gains no longer
+            count, so it decays sooner. Lower: smaller gains count; 0 takes any.
+        threshold_mode: rel: the threshold is a share of the best loss, below 1. abs: it is in units of the loss.
+        cooldown: Evaluations after a decay in which none is counted as without improvement. Raise: more time at
+            each rate. Lower: the next decay may come sooner.
+        floor: Multiplier below which no decay goes. Raise: keeps learning to the end. Lower: lets all decays
+            through.
+
+    Raises:
+        ConfigError: If a threshold that is a share is not below 1.
+    """
+    small = threshold_mode == "abs" or threshold < 1
+    require(threshold=(small, threshold, "must be below 1 where threshold_mode=rel"))
+    best, bad, resting, decays = math.inf, 0, 0, 0
+    for loss in losses:
+        better = loss < (best * (1 - threshold) if threshold_mode == "rel" else best - threshold)
+        best, bad = (loss, 0) if better else (best, bad + 1)
+        if resting:
+            resting, bad = resting - 1, 0
+        if bad > patience:
+            decays, resting, bad = decays + 1, cooldown, 0
+    return _warm(step, steps, warmup)[0] * max(factor**decays, floor)

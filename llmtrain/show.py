@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch import nn
 
 from llmtrain import budget, hardware
 from llmtrain.budget import Flops, Layer, Memory
+from llmtrain.build import SCHEDULES
 from llmtrain.config import RunConfig
 from llmtrain.knobs import UserError
 from llmtrain.loop import Length
 from llmtrain.models.transformer import TokenHead, count_parameters
 from llmtrain.optim.groups import param_groups
-from llmtrain.run import provisional, setup_for
+from llmtrain.run import pace_of, provisional, provisional_loss, setup_for
 from llmtrain.story import Origin
 from llmtrain.types import DataSpec
 from llmtrain.words import short
@@ -29,6 +31,8 @@ _WIDTH = 100
 _ROWS, _COLUMNS = 8, 72
 _UNKNOWN = 1000
 """Steps that are drawn where the length depends on the data or the clock."""
+_EPOCHS = 10
+"""Epochs in a run whose data nobody has counted."""
 _EXACT = 100_000
 """Steps up to which a learning-rate curve is computed at each."""
 _PAIRS = "Attention counts all pairs of tokens, also those that a causal mask hides."
@@ -40,24 +44,23 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning rate over a run.
+    """The learning rate over a run, and what else moves.
 
     Attributes:
         steps: Length of the run in steps.
         known: Whether that is its length; else it depends on the data or the clock and is made up.
         at: The steps looked at, from 0.
         rates: The rate at each of them.
+        others: The multipliers of other quantities at each of them, by the group of their schedule.
+        notes: What is not known and made up.
     """
 
     steps: int
     known: bool
     at: Sequence[int]
     rates: list[float]
-
-    @property
-    def peak(self) -> int:
-        """Where in `at` the highest rate is first reached."""
-        return self.rates.index(max(self.rates))
+    others: dict[str, list[float]]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,21 @@ class Findings:
     groups: list[dict[str, Any]] | None
 
 
-def show(config: RunConfig, origin: Origin, as_json: bool) -> int:
+def show(config: RunConfig, origin: Origin, as_json: bool, png: str | None = None) -> int:
     """Prints layers, parameters, FLOPs and memory, and what else the overrides are about; returns the exit code.
 
     Args:
         config: A checked config, of which `part_misfits` has nothing to tell.
         origin: How it came about.
         as_json: Whether a program reads it.
+        png: The file for a picture of the learning rate, if one is asked for.
+
+    Raises:
+        UserError: If a step of the config fails, or the picture cannot be made.
     """
-    found = _find(config, origin)
+    found = _find(config, origin, png is not None)
+    if png is not None and found.curve is not None:
+        _paint(found.curve, config, Path(png).expanduser())
     if as_json:
         print(json.dumps(_plain(found), indent=2))
         return 0
@@ -106,21 +115,24 @@ def _tell(found: Findings, console: Console, mark: str) -> None:
         console.print(table)
         console.print(Text(note, style="dim") if note else "", end="\n\n" if note else "\n")
     if found.curve is not None:
-        console.print(_drawn(found.curve, found.config.schedule.part.name, mark))
+        console.print(_drawn(found.curve, found.config, mark))
 
 
-def _find(config: RunConfig, origin: Origin) -> Findings:
+def _find(config: RunConfig, origin: Origin, painted: bool) -> Findings:
     spec, vocabulary = _data(config, origin)
     device = hardware.choose_device(config.train.device)
+    asked = config.task.build(spec, None).asked(spec)
+    config = replace(config, loss=provisional_loss(config.loss, spec))
     with torch.device("meta"):
-        model = config.model.build(spec)
+        model = config.model.build(asked)
     try:
-        layers, flops = budget.trace(model, spec, config.loss.bind())
-        memory = budget.memory(config, spec, device)
+        layers, flops = budget.trace(model, asked, config.loss.bind())
+        memory = budget.memory(config, asked, device)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"a step of this config fails: {str(error).splitlines()[0]}") from error
-    curve = learning_rate(config, spec) if _given(origin, "schedule") else None
-    groups = param_groups(model) if _given(origin, "optim", "regularization") else None
+    curve = learning_rate(config, spec) if painted or _given(origin, *SCHEDULES) else None
+    asked = _given(origin, "optim", "regularization", "params")
+    groups = param_groups(model, **vars(config.params)) if asked else None
     return Findings(config, origin, spec, vocabulary, device, model, layers, flops, memory, curve, groups)
 
 
@@ -143,12 +155,28 @@ def _data(config: RunConfig, origin: Origin) -> tuple[DataSpec, str]:
 
 def learning_rate(config: RunConfig, spec: DataSpec) -> Curve:
     """The learning rate over the run, at each step or, in a very long run, at evenly spaced ones."""
-    train, schedule = config.train, config.schedule.bind()
+    train = config.train
     known = train.epochs is None and train.minutes is None
-    steps = Length(train, 0, spec.context).steps(0, 0.0) or _UNKNOWN
+    steps = Length(train, 0, spec.context, pace_of(config, 1, spec)).steps(0, 0.0) if known else _UNKNOWN
     at = range(steps) if steps <= _EXACT else [round(i * (steps - 1) / (_EXACT - 1)) for i in range(_EXACT)]
+    epoch = max(round(steps / (train.epochs or _EPOCHS)), 1)
+
+    pace = pace_of(config, epoch * train.batch_size, spec)
+    rate, *others = ([schedule(step, steps, []) for step in at] for schedule in pace)
+    moving = {group: values for group, values in zip(SCHEDULES[1:], others, strict=True) if min(values) < 1}
     peak = config.optim.values.get("lr", 1.0)
-    return Curve(steps, known, at, [peak * schedule(step, steps) for step in at])
+    return Curve(steps, known, at, [peak * multiplier for multiplier in rate], moving, _made_up(config, known, epoch))
+
+
+def _made_up(config: RunConfig, known: bool, epoch: int) -> list[str]:
+    """What a curve takes for granted."""
+    chosen = [getattr(config, group) for group in SCHEDULES]
+    notes = [] if known else [f"The length depends on the data or the clock; drawn as if {_UNKNOWN} steps."]
+    if any("epoch" in str(value) for choice in chosen for value in choice.values.values()):
+        notes.append(f"The length of an epoch depends on the data; drawn as if {epoch} steps.")
+    if any("losses" in choice.part.given for choice in chosen):
+        notes.append("What follows the validation loss depends on the run; drawn as if that never stalled.")
+    return notes
 
 
 def _pages(found: Findings) -> list[tuple[str, Table, str]]:
@@ -263,21 +291,24 @@ def _precision(found: Findings) -> str:
 
 
 def _group_table(found: Findings) -> tuple[Table, str]:
-    table = _table("group", ">tensors", ">parameters", "what")
+    table = _table("group", ">tensors", ">parameters", ">rate", ">decay", "what")
     for group in found.groups or []:
         count = sum(p.numel() for p in group["params"])
-        what = _WHAT.get(group["kind"], "")
-        table.add_row(group["kind"], str(len(group["params"])), f"{count:,}", what)
-        table.add_row("", "", "", Text(", ".join(_patterns(group["names"])), style="dim"))
+        what, scales = _WHAT.get(group["kind"], ""), [f"x {group[key]:.3g}" for key in ("lr_scale", "decay")]
+        table.add_row(group["kind"], str(len(group["params"])), f"{count:,}", *scales, what)
+        table.add_row("", "", "", "", "", Text(", ".join(_patterns(group["names"])), style="dim"))
     decays = _decays(found.config)
     told = ", ".join(f"{key}={value:g}" for key, value in decays.items())
     return table, f"On those that shrink acts {told}." if told else "Nothing shrinks any: every decay is 0."
 
 
 def _patterns(names: Sequence[str]) -> list[str]:
-    """Names of parameters, each once for all numbers in it: `blocks.*.ffn.up.weight`."""
-    starred = (".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
-    return list(dict.fromkeys(starred))
+    """Names of parameters, those that differ by their numbers as one: `blocks.*.ffn.up.weight`."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        starred = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        alike.setdefault(starred, []).append(name)
+    return [starred if len(found) > 1 else found[0] for starred, found in alike.items()]
 
 
 def _decays(config: RunConfig) -> dict[str, float]:
@@ -286,34 +317,66 @@ def _decays(config: RunConfig) -> dict[str, float]:
     return {key: value for key, value in found.items() if value}
 
 
-def _drawn(curve: Curve, schedule: str, mark: str) -> Text:
+def _drawn(curve: Curve, config: RunConfig, mark: str) -> Text:
     """The learning rate as a curve of marks, with what it is at its peak and its end."""
     top = max(curve.rates) or 1.0
     columns = min(_COLUMNS, len(curve.rates))
     last = len(curve.rates) - 1
     heights = [curve.rates[round(i * last / max(columns - 1, 1))] / top * _ROWS for i in range(columns)]
-    lines = [f"learning rate, schedule {schedule}", ""]
+    lines = [_title(config), ""]
     for row in range(_ROWS, -1, -1):
         label = f"{top * row / _ROWS:.2e}" if row % 4 == 0 else ""
         lines.append(f"{label:>9} |" + "".join(mark if round(h) == row else " " for h in heights).rstrip())
     lines += [" " * 10 + "+" + "-" * columns, f"{'step':>9}  1{curve.steps:>{max(columns - 1, 1)}}", ""]
-    return Text("\n".join(lines + _curve_words(curve)))
+    return Text("\n".join(lines + _curve_words(curve, config)))
 
 
-def _curve_words(curve: Curve) -> list[str]:
-    start, peak, end = curve.at[0] + 1, curve.at[curve.peak] + 1, curve.at[-1] + 1
-    warmup = f"rises over the first {peak} steps" if peak > 1 else "none"
+def _title(config: RunConfig) -> str:
+    return f"learning rate, schedule {config.schedule.part.name}"
+
+
+def _curve_words(curve: Curve, config: RunConfig) -> list[str]:
+    start, peak, top, end = _corners(curve.at, curve.rates).values()
+    warmup = f"rises over the first {top} steps" if top > 1 else "none"
     words = [
-        f"  start   {curve.rates[0]:.4g} at step {start}",
+        f"  start   {start:.4g} at step 1",
         f"  warmup  {warmup}",
-        f"  peak    {max(curve.rates):.4g} at step {peak}",
-        f"  end     {curve.rates[-1]:.4g} at step {end}",
+        f"  peak    {peak:.4g} at step {top}",
+        f"  end     {end:.4g} at step {curve.steps}",
     ]
-    return (
-        words
-        if curve.known
-        else [*words, f"  The length depends on the data or the clock; drawn as if {_UNKNOWN} steps."]
-    )
+    for group, values in curve.others.items():
+        start, peak, top, end = _corners(curve.at, values).values()
+        words.append(f"  {group} {getattr(config, group).part.name}: times {start:.4g} at step 1,")
+        words.append(f"    {peak:.4g} at step {top}, {end:.4g} at step {curve.steps}")
+    return words + [f"  {note}" for note in curve.notes]
+
+
+def _paint(curve: Curve, config: RunConfig, file: Path) -> None:
+    """Writes a PNG of the learning rate and, by an axis of their own, of the other schedules.
+
+    Raises:
+        UserError: If matplotlib is not there, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--png needs matplotlib: pip install 'llmtrain[plots]'") from None
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    at, left = [step + 1 for step in curve.at], figure.add_subplot()
+    left.plot(at, curve.rates, label="learning rate")
+    left.set(xlabel="\n".join(["optimizer step", *curve.notes]), ylabel="learning rate", title=_title(config))
+    left.set(xlim=(0, curve.steps + 1), ylim=(0, None))
+    left.grid(alpha=0.3)
+    if curve.others:
+        right = left.twinx()
+        for number, (group, values) in enumerate(curve.others.items(), start=1):
+            right.plot(at, values, f"C{number}--", label=f"{group} {getattr(config, group).part.name}")
+        right.set(ylabel="multiplier", ylim=(0, 1.05))
+        figure.legend(loc="outside lower center", ncols=2)
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 def _plain(found: Findings) -> dict[str, Any]:
@@ -342,18 +405,18 @@ def _plain(found: Findings) -> dict[str, Any]:
         "memory": found.memory._asdict(),
     }
     if found.curve is not None:
-        plain["schedule"] = {"steps": found.curve.steps, "known": found.curve.known} | _corners(found.curve)
+        curve = found.curve
+        plain["schedule"] = {"steps": curve.steps, "known": curve.known} | _corners(curve.at, curve.rates)
+        plain |= {group: _corners(curve.at, values) for group, values in curve.others.items()}
     if found.groups is not None:
-        counted = {g["kind"]: sum(p.numel() for p in g["params"]) for g in found.groups}
-        names = {g["kind"]: g["names"] for g in found.groups}
-        plain["groups"] = {kind: {"parameters": n, "names": names[kind]} for kind, n in counted.items()}
+        told = ("kind", "lr_scale", "decay", "names")
+        plain["groups"] = [
+            {"parameters": sum(p.numel() for p in g["params"])} | {key: g[key] for key in told} for g in found.groups
+        ]
     return plain
 
 
-def _corners(curve: Curve) -> dict[str, Any]:
-    return {
-        "start": curve.rates[0],
-        "peak": max(curve.rates),
-        "peak_step": curve.at[curve.peak] + 1,
-        "end": curve.rates[-1],
-    }
+def _corners(at: Sequence[int], values: list[float]) -> dict[str, Any]:
+    """Where a curve starts, where it is first at its highest, and where it ends."""
+    peak = max(values)
+    return {"start": values[0], "peak": peak, "peak_step": at[values.index(peak)] + 1, "end": values[-1]}

@@ -92,7 +92,7 @@ def summarize(scene: Scene, state: TrainState) -> None:
     """Shows the table before the first step, and begins the live view."""
     config, data, origin = scene.config, scene.data, scene.origin
     with torch.device("meta"):
-        shadow = config.model.build(data.spec)
+        shadow = config.model.build(scene.task.asked(data.spec))
         forward = hardware.count_flops(shadow, hardware.blank(data.spec))
     flops = 3 * forward * config.train.batch_size  # the backward pass costs twice the forward pass
     screen = scene.screen
@@ -136,7 +136,10 @@ def _product(samples: int, context: int) -> str:
 
 
 def _optimizer_in_words(config: RunConfig) -> str:
-    regular = [f"{k} {v:g}" for k, v in config.regularization.values.items() if isinstance(v, float) and v]
+    knobs = config.regularization.values
+    own = {k: v for k, v in knobs.items() if k.rpartition("_")[0] not in knobs}  # noise_decay only says more of noise
+    regular = [f"{k} {v:g}" for k, v in own.items() if isinstance(v, float) and v]
+    regular += [f"{k} {v}" for k, v in own.items() if isinstance(v, str) and v != "none"]
     rate = f", peak rate {config.optim.values['lr']:g}" if "lr" in config.optim.values else ""
     return ", ".join([f"{config.optim.part.name}{rate}", f"{config.schedule.part.name} schedule", *regular])
 
@@ -144,7 +147,11 @@ def _optimizer_in_words(config: RunConfig) -> str:
 def _origin_in_words(origin: Origin) -> list[tuple[str, str]]:
     """Which options and values were given on the command line, and which files the others come from."""
     given = {o.lstrip("+~").split("=", 1)[0] for o in origin.overrides}
-    files = [f"{group}/{option}" for group, option in origin.choices.items() if option and group not in given]
+    files = {
+        f"{group.partition('@')[0]}/{option}"  # its folder
+        for group, option in origin.choices.items()
+        if option and group not in given
+    }
     rows = [("you gave", "  ".join(origin.overrides))] if origin.overrides else []
     return rows + ([("defaults", "conf/config.yaml, " + ", ".join(sorted(files)))] if files else [])
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.knobs import Fraction, Portion, Share, require
-from llmtrain.losses import cross_entropy
-from llmtrain.types import DataSpec
+from llmtrain.data.rows import targets_of
+from llmtrain.knobs import Fraction, Portion, Share, UserError, require
+from llmtrain.losses import bce, cross_entropy, gaussian_nll, poisson_nll
+from llmtrain.types import Data, DataSpec, Samples
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 Key = tuple[int, ...]
+Guess = tuple[str, Sequence[float]]
+
+_LEAST_VARIANCE = 1e-6
+"""What metrics believe of a model that is surer of itself."""
+_HALF_WIDTH = 1.6448536269514722
+"""Deviations to either side of the mean of a normal distribution, between which nine tenths of it lie."""
 
 
 def _as_they_are(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, keys: Sequence[Key]) -> Arrays:
@@ -37,11 +44,16 @@ class Task:
         metrics: Metrics from the k sums, the number of targets, and the summed weights.
         words: Metrics as a person reads them.
         causal: Whether a model that sees later tokens could cheat.
-        numbers: Whether the targets are numbers; else they are classes or tokens.
+        numbers: Whether the targets are numbers, as `vary` leaves them; else they are classes or tokens.
+        outputs: Numbers that the model gives for each sample; None: as many as the data asks for.
+        losses: What a loss must compare, in words, with examples.
+        counted: Whether the targets are classes of samples, or answers yes and no, that can be counted.
         special_tokens: What the tokenizer must have beside text, such as `mask`.
         vary: Makes the question of (inputs, targets, mask) as the data gives them, a pure function of those
             and of a key for each sample, (seed, epoch, index).
         weigh: Host number of a batch's targets and mask that the metrics need, added up over batches.
+        guess: What to guess by, and the outputs (outputs,) that are the best ones for every sample alike, from the
+            targets (N, ...) of the training samples; None leaves the baseline to the data.
     """
 
     name: str
@@ -50,9 +62,41 @@ class Task:
     words: Callable[[dict[str, float]], str]
     causal: bool = False
     numbers: bool = False
+    outputs: int | None = None
+    losses: str = "classes, as cross_entropy does"
+    counted: bool = False
     special_tokens: tuple[str, ...] = ()
     vary: Callable[[np.ndarray, np.ndarray, np.ndarray, Sequence[Key]], Arrays] = _as_they_are
     weigh: Callable[[np.ndarray, np.ndarray], float] = _each_alike
+    guess: Callable[[np.ndarray], Guess] | None = None
+
+    def asked(self, spec: DataSpec) -> DataSpec:
+        """The data as the model must know it: with as many outputs as the task needs."""
+        return spec if self.outputs is None else replace(spec, outputs=self.outputs)
+
+    def targets(self, samples: Samples) -> np.ndarray:
+        """All targets of labelled samples, (N,) classes or (N, n) numbers, as this task asks for them."""
+        found = targets_of(samples)
+        return self.vary(np.empty(0), found, np.ones(len(found), dtype=bool), [])[1]
+
+
+def with_baseline(data: Data, task: Task) -> Data:
+    """The data with the baseline that is the task's own, where it has one.
+
+    Raises:
+        UserError: If the targets are none that the task can ask for.
+    """
+    if task.guess is None:
+        return data
+    name, answer = task.guess(task.targets(data.train))
+
+    def reached(samples: Samples) -> tuple[str, dict[str, float]]:
+        targets = torch.from_numpy(task.targets(samples))
+        outputs = torch.tensor(answer, dtype=torch.float32).expand(len(targets), -1)
+        sums = task.score(outputs, targets).double().sum(0).tolist()
+        return name, task.metrics(sums, len(targets), float(len(targets)))
+
+    return replace(data, baseline=reached(data.val), test_baseline=reached(data.test) if data.test else None)
 
 
 def blank_targets(task: Task, spec: DataSpec, batch: int = 1) -> Tensor:
@@ -190,7 +234,61 @@ def classification(spec: DataSpec, tokenizer: Any) -> Task:
     def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
         return {"loss": sums[0] / max(count, 1), "accuracy": sums[1] / max(count, 1)}
 
-    return Task("classification", _nats_and_hits, metrics, _loss_and_accuracy("sample"))
+    return Task("classification", _nats_and_hits, metrics, _loss_and_accuracy("sample"), counted=True)
+
+
+def multilabel(spec: DataSpec, tokenizer: Any) -> Task:
+    """Answer yes or no to several questions about each sample: does it belong to this class, and to that one?
+
+    Data with classes asks of each class, one of them with yes; data with several numbers takes them as answers, from 0
+    (no) to 1 (yes). The outputs are logits of yes. Metrics are the mean binary cross-entropy in nats per question, the
+    share of questions answered right, that of samples whose surest yes is right (for classes the accuracy of
+    task=classification), and F1, the mean over the questions.
+
+    Raises:
+        ConfigError: If the data has neither classes nor numbers.
+        UserError: If a target is below 0 or above 1, of the baseline.
+    """
+    rule = "asks for answers about each sample, and this data has none; see llmtrain explain data"
+    require(name=(spec.outputs > 0, "multilabel", rule))
+
+    def vary(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, keys: Sequence[Key]) -> Arrays:
+        return inputs, np.eye(spec.outputs, dtype=np.float32)[targets] if targets.ndim == 1 else targets, mask
+
+    def guess(targets: np.ndarray) -> Guess:
+        if targets.min() < 0 or targets.max() > 1:
+            raise UserError("task=multilabel: the targets of this data are no answers from 0 (no) to 1 (yes)")
+        yes = targets.sum(0) + 1
+        return "frequencies of yes", np.log(yes / (len(targets) + 2 - yes)).tolist()
+
+    return Task(
+        "multilabel",
+        _answers,
+        _answer_metrics,
+        lambda m: (
+            f"{m['loss']:.4f} nats/question, {m['accuracy']:.2%} right, surest yes {m['top']:.2%}, F1 {m['f1']:.3f}"
+        ),
+        numbers=True,
+        losses="answers yes and no, as bce and sigmoid_focal do",
+        counted=True,
+        vary=vary,
+        guess=guess,
+    )
+
+
+def _answers(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(B, 3 + 3n): the loss, share of right answers, whether the surest yes is right; hits, false alarms and misses."""
+    said, wanted = outputs > 0, targets > 0.5
+    surest = wanted.gather(-1, outputs.argmax(-1, keepdim=True)).squeeze(-1)
+    whole = torch.stack((bce(outputs, targets, pos_weight=1.0), (said == wanted).float().mean(-1), surest.float()), -1)
+    return torch.cat((whole, (said & wanted).float(), (said & ~wanted).float(), (~said & wanted).float()), -1)
+
+
+def _answer_metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
+    loss, right, surest = (value / max(count, 1) for value in sums[:3])
+    hits, alarms, misses = np.reshape(sums[3:], (3, -1))
+    f1 = 2 * hits / np.maximum(2 * hits + alarms + misses, 1)
+    return {"loss": loss, "accuracy": right, "top": surest, "f1": float(f1.mean())}
 
 
 def regression(spec: DataSpec, tokenizer: Any) -> Task:
@@ -201,8 +299,7 @@ def regression(spec: DataSpec, tokenizer: Any) -> Task:
     Raises:
         ConfigError: If the data has no quantities to predict.
     """
-    rule = "asks for numbers of each sample, and this data has none; see llmtrain explain data"
-    require(name=(spec.outputs > 0, "regression", rule))
+    _require_numbers("regression", spec)
 
     def score(outputs: Tensor, targets: Tensor) -> Tensor:
         off = outputs.float() - targets
@@ -212,10 +309,91 @@ def regression(spec: DataSpec, tokenizer: Any) -> Task:
         mse = sums[0] / max(count, 1)
         return {"loss": mse, "rmse": math.sqrt(mse), "mae": sums[1] / max(count, 1)}
 
-    def words(metrics: dict[str, float]) -> str:
-        return f"root mean squared error {metrics['rmse']:.4g}, mean absolute error {metrics['mae']:.4g}"
+    return Task("regression", score, metrics, _errors_in_words, numbers=True, losses="numbers, as mse and mae do")
 
-    return Task("regression", score, metrics, words, numbers=True)
+
+def probabilistic_regression(spec: DataSpec, tokenizer: Any) -> Task:
+    """Say a quantity of each sample and how sure that is: a mean and a log-variance for each number.
+
+    Metrics are the negative log-likelihood under normal distributions in nats per number (of targets as the data gives
+    them, so it may be below 0), root mean squared and mean absolute error of the mean, and coverage: the share of
+    targets within the central 90% interval, 0.9 where the variances are right.
+
+    Raises:
+        ConfigError: If the data has no quantities to predict.
+    """
+    _require_numbers("probabilistic_regression", spec)
+
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        mean, log_variance = outputs.float().chunk(2, -1)
+        off = (mean - targets).abs()
+        within = (off <= _HALF_WIDTH * (log_variance / 2).exp()).float()
+        nats = gaussian_nll(outputs, targets, min_variance=_LEAST_VARIANCE)
+        return torch.stack((nats, off.square().mean(-1), off.mean(-1), within.mean(-1)), -1)
+
+    def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
+        nats, square, size, within = (value / max(count, 1) for value in sums)
+        return {"loss": nats, "rmse": math.sqrt(square), "mae": size, "coverage": within}
+
+    def guess(targets: np.ndarray) -> Guess:
+        variance = np.maximum(targets.var(0), _LEAST_VARIANCE)
+        return "mean and variance", [*targets.mean(0).tolist(), *np.log(variance).tolist()]
+
+    return Task(
+        "probabilistic_regression",
+        score,
+        metrics,
+        lambda m: f"{m['loss']:.4f} nats/number, {_errors_in_words(m)}, 90% interval holds {m['coverage']:.1%}",
+        numbers=True,
+        outputs=2 * spec.outputs,
+        losses="numbers with their means and log-variances, as gaussian_nll and laplace_nll do",
+        guess=guess,
+    )
+
+
+def counts(spec: DataSpec, tokenizer: Any) -> Task:
+    """Say how many of something each sample has; the outputs are logarithms of rates.
+
+    Metrics are the negative log-likelihood under Poisson distributions in nats per number, and root mean squared and
+    mean absolute error of the rates.
+
+    Raises:
+        ConfigError: If the data has no numbers to predict.
+        UserError: If a target is no whole number from 0 on, of the baseline.
+    """
+    _require_numbers("counts", spec)
+
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        off = outputs.float().exp() - targets
+        return torch.stack((poisson_nll(outputs, targets), off.square().mean(-1), off.abs().mean(-1)), -1)
+
+    def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
+        nats, square, size = (value / max(count, 1) for value in sums)
+        return {"loss": nats, "rmse": math.sqrt(square), "mae": size}
+
+    def guess(targets: np.ndarray) -> Guess:
+        if targets.min() < 0 or (targets % 1).any():
+            raise UserError("task=counts: the targets of this data are no counts: whole numbers from 0 on")
+        return "the mean", np.log(np.maximum(targets.mean(0), 1 / len(targets))).tolist()
+
+    return Task(
+        "counts",
+        score,
+        metrics,
+        lambda m: f"{m['loss']:.4f} nats/number, {_errors_in_words(m)}",
+        numbers=True,
+        losses="counts with the logarithms of their rates, as poisson_nll does",
+        guess=guess,
+    )
+
+
+def _errors_in_words(metrics: dict[str, float]) -> str:
+    return f"root mean squared error {metrics['rmse']:.4g}, mean absolute error {metrics['mae']:.4g}"
+
+
+def _require_numbers(name: str, spec: DataSpec) -> None:
+    rule = "asks for numbers of each sample, and this data has none; see llmtrain explain data"
+    require(name=(spec.outputs > 0, name, rule))
 
 
 def _loss_and_accuracy(unit: str) -> Callable[[dict[str, float]], str]:

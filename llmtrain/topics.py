@@ -56,12 +56,17 @@ class Topic:
 
 def options(group: str) -> list[str]:
     """The options of a group: its YAML files."""
-    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+    return sorted(path.stem for path in _folder(group).glob("*.yaml"))
+
+
+def _folder(group: str) -> Path:
+    """Where the options of a group lie."""
+    return config_folder() / ((group in GROUPS and GROUPS[group].folder) or group)
 
 
 def option_values(group: str, option: str) -> dict[str, Any]:
     """The values that an option's YAML file gives, those of the options it inherits from among them."""
-    own = _read(config_folder() / group / f"{option}.yaml")
+    own = _read(_folder(group) / f"{option}.yaml")
     parents = [entry for entry in own.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
     inherited: dict[str, Any] = {}
     for parent in parents:
@@ -79,7 +84,7 @@ def option_topic(group: str, option: str) -> Topic:
         raise ConfigError(
             [Misfit(group, option, "no such group; there are " + ", ".join(GROUPS), nearest(group, GROUPS))]
         )
-    file = config_folder() / group / f"{option}.yaml"
+    file = _folder(group) / f"{option}.yaml"
     if option not in (known := options(group)):
         raise ConfigError(
             [Misfit(group, option, "no such option; there are " + ", ".join(known), nearest(option, known))]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmtrain import checkpoint, hardware
-from llmtrain.build import GROUPS
+from llmtrain.build import GROUPS, SCHEDULES
 from llmtrain.config import Evaluation, Export, Generation, RunConfig, Sample, check
 from llmtrain.display import Screen
 from llmtrain.evaluate import evaluate
@@ -38,17 +38,17 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
         data = prepare_data(config, screen)
     except ConfigError as error:
         raise _told(folder, error, "data.") from None
-    model, record = _model(config, data.spec, path, device)
+    task = config.task.build(data.spec, data.tokenizer)
+    model, record = _model(config, task.asked(data.spec), path, device)
     if record["fingerprint"] != data.fingerprint:
         raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
     precision = config.precision.build(device)
-    task = config.task.build(data.spec, data.tokenizer)
     samples = data.test if settings.split == "test" else data.val
     if samples is None:
         raise UserError("split=test: this data keeps no test samples; use split=val")
     metrics = evaluate(
         model,
-        added_up(model, task.score),
+        added_up(model, task.score, config.train.head_chunk),
         samples,
         task,
         precision,
@@ -121,9 +121,12 @@ def _locate(run: str, which: str) -> tuple[Path, Path]:
 
 
 def _config(folder: Path, trust: Sequence[str]) -> RunConfig:
-    """A run's config; knobs that have come since it was written take the values of their options' files."""
+    """A run's config; knobs and schedules that have come since it was written are those that change nothing."""
     config = read_config(folder)
-    for group, option in read_choices(folder).items():
+    for group in SCHEDULES[1:]:
+        config.setdefault(group, option_values(group, "none"))
+    for key, option in read_choices(folder).items():
+        group = key.rpartition("@")[2]
         section = config.get(group)
         if group in GROUPS and isinstance(section, dict) and option in options(group):
             shipped = option_values(group, option)

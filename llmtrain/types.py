@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ParamGroups = list[dict[str, Any]]
+"""Parameters that are treated alike, with how: see `optim.groups.param_groups`."""
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """What a model must know of the data. Derived from the data, never retyped in YAML.
@@ -49,6 +53,40 @@ class Batch(NamedTuple):
     inputs: Tensor
     targets: Tensor
     mask: Tensor
+
+
+class Mixed(NamedTuple):
+    """Samples each of which is mixed with another: a loss is share * that of `targets` + (1 - share) * that of `others`.
+
+    Attributes:
+        inputs: (B, *shape) numbers.
+        targets: (B,) classes or (B, outputs) numbers.
+        mask: (B,) true where a target counts.
+        others: As targets, of the samples that are mixed in.
+        share: (B,) from 0 to 1.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    others: Tensor
+    share: Tensor
+
+
+class Augment(Protocol):
+    """Varies training samples.
+
+    Attributes:
+        partners: Samples that it needs beyond a batch, those that come next: 1 where each is mixed with the next.
+        special_tokens: What the tokenizer must have beside text, such as `mask`.
+    """
+
+    partners: int
+    special_tokens: tuple[str, ...]
+
+    def __call__(self, batch: Batch, keys: Sequence[Sequence[int]]) -> Batch | Mixed:
+        """The samples as they are to be learned from, a function of each and its key (seed, epoch, index) alone."""
+        ...
 
 
 @dataclass(frozen=True)

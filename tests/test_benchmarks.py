@@ -19,3 +19,25 @@ def test_the_loop_is_timed_beside_a_bare_step(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "4x128: llmtrain" in done.stdout and "overhead" in done.stdout
+
+
+def test_the_head_is_measured_with_all_logits_and_by_chunks(tmp_path: Path) -> None:
+    words = ["--tokens", "64", "--precision", "fp32", "--part", "model", "--way", "plain", "--chunk", "16"]
+    words += ["--rounds", "1", "model.width=16", "model.heads=2"]
+    environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "head_memory.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| model, fp32")]
+    assert [row[1].strip() for row in rows] == ["plain", "16"]
+    plain, chunked = (float(row[2].replace(",", "")) for row in rows)
+    assert 0 < chunked < plain
+
+
+def test_regularizers_are_timed_beside_none(tmp_path: Path) -> None:
+    words = ["--rounds", "1", "--steps", "10", "--only", "l2", "model.layers=1", "model.width=16", "model.heads=2"]
+    environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "regularization.py"), *words, "model.context=16"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.endswith(") |")] == ["l2"]

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from llmtrain.build import GROUPS, Choice, Part, choose, find, parts, validate
+from llmtrain.build import GROUPS, SCHEDULES, Choice, Part, choose, find, parts, validate
 from llmtrain.knobs import ConfigError, Count, Fraction, Misfit, NonNegative, Positive
 
 OPTIMS = ", ".join(parts("optim"))
@@ -26,7 +26,8 @@ def differences(part: Part) -> list[str]:
     hints = typing.get_type_hints(function, include_extras=True)
     given = tuple(a.name for a in arguments if a.kind is a.POSITIONAL_OR_KEYWORD)
     knobs = {a.name: hints.get(a.name) for a in arguments if a.kind is a.KEYWORD_ONLY}
-    found = [] if given == GROUPS[part.group].given else [f"is given {given}"]
+    about = GROUPS[part.group]
+    found = [] if given == part.given and given in (about.given, about.given + about.more) else [f"is given {given}"]
     found += [] if len(given) + len(knobs) == len(arguments) else ["takes more than its signature names"]
     found += [] if list(knobs) == list(part.knobs) else [f"has {list(knobs)}, read {list(part.knobs)}"]
     found += [f"{k}: is {t}, read {part.knobs.get(k)}" for k, t in knobs.items() if part.knobs.get(k) != t]
@@ -110,6 +111,33 @@ def test_a_part_of_ones_own_runs_only_when_trusted(package: Path):
     choice = Choice(part, {"lr": 1.0, "momentum": 0.5, "how": "soft", "wide": None})
     assert choice.build("p") == choice.bind()("p") == ("p", 1.0, 0.5, "soft", None)
     assert (package / "ran").exists()
+
+
+def test_a_part_is_given_what_it_takes_and_no_more(package: Path):
+    module = write(
+        package,
+        """
+        def short(step, steps, *, top: float): return step, steps, top
+        def long(step, steps, losses, *, top: float): return step, steps, losses, top
+        def other(step, steps, gains, *, top: float): return None
+        """,
+    )
+    for group in SCHEDULES:
+        part = {name: find(group, f"{module}:{name}", [package.name]) for name in ("short", "long")}
+        assert [part[name].given for name in part] == [("step", "steps"), ("step", "steps", "losses")]
+        choice = {name: Choice(part[name], {"top": 1.0}) for name in part}
+        assert choice["short"].build(1, 2, [3.0]) == choice["short"].bind()(1, 2, [3.0]) == (1, 2, 1.0)
+        assert choice["short"].bind()(1, 2) == (1, 2, 1.0)
+        assert choice["long"].build(1, 2, [3.0]) == choice["long"].bind()(1, 2, [3.0]) == (1, 2, [3.0], 1.0)
+        with pytest.raises(ConfigError, match=r"has no public function other\(step, steps, \*, \.\.\.\)"):
+            find(group, f"{module}:other", [package.name])
+
+
+def test_groups_without_a_folder_share_the_parts_of_the_one_they_name():
+    for group in SCHEDULES[1:]:
+        assert GROUPS[group].folder == SCHEDULES[0] == "schedule"
+        assert parts(group).keys() == parts("schedule").keys()
+        assert {part.group for part in parts(group).values()} == {group}
 
 
 @pytest.mark.parametrize(

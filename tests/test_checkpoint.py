@@ -82,7 +82,7 @@ def facts(state: TrainState) -> Any:
         {name: value.tolist() for name, value in state.model.state_dict().items()},
         slots,
         state.scaler.state_dict(),
-        [getattr(state, name) for name in ("step", "batches", "seconds", "best", "last")],
+        [getattr(state, name) for name in ("step", "samples", "skipped", "seconds", "best", "last", "losses")],
         [p.tolist() for p in state.pending],
         drawn,
     )
@@ -172,7 +172,7 @@ def test_all_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_everything_comes_back_to_the_last_bit(tmp_path: Path, name: str) -> None:
     state = trained(3, OPTIMIZERS[name])
-    state.batches, state.seconds = 5, 1 / 3
+    state.samples, state.skipped, state.seconds, state.losses = 50, 2, 1 / 3, [0.1 + 0.2, 3.0]
     state.best = {"step": 2, "val_loss": 0.1 + 0.2}
     state.last = {"val_loss": math.pi, "val_bits_per_byte": math.inf}
     state.pending = [torch.tensor([0.1, 1e-30]), torch.tensor([math.inf, 3.0])]
@@ -328,7 +328,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(tmp_path: Pa
 def test_a_manifest_of_another_format_or_without_a_file_is_not_taken(tmp_path: Path) -> None:
     (path,) = saved(tmp_path, 7)
     manifest = json.loads((path / "manifest.json").read_text())
-    for change in ({"format": 2}, {"sha256": {}}, {"sha256": []}, {"sha256": None}, {"sha256": {"state.json": 1}}):
+    for change in ({"format": 1}, {"sha256": {}}, {"sha256": []}, {"sha256": None}, {"sha256": {"state.json": 1}}):
         (path / "manifest.json").write_text(json.dumps(manifest | change))
         assert "manifest.json" in (broken(path) or ""), change
     for text in ("[]", "1", "null", '"x"', "{}"):

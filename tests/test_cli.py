@@ -562,6 +562,8 @@ def complete(call, monkeypatch: pytest.MonkeyPatch):
         ("llmtrain train optimizer.l", {"optimizer.lr="}),
         ("llmtrain train optimizer=sgd optimizer.mom", {"optimizer.momentum="}),
         ("llmtrain  train  optim=sgd  optim.mom", {"optim.momentum="}),
+        ("llmtrain train weight_decay_schedule=li", {"weight_decay_schedule=linear"}),
+        ("llmtrain train batch_schedule=step batch_schedule.ga", {"batch_schedule.gamma="}),
         ("llmtrain train -m optim=ad", {f"optim={name}" for name in options("optim") if name.startswith("ad")}),
         ("llmtrain train --trust own optim.l", {"optim.lr="}),
         (
@@ -631,7 +633,7 @@ def test_bash_completes_once_the_script_is_sourced(tmp_path: Path):
         }
         tab "llmtrain gen"
         tab "llmtrain train optim.l"
-        tab "llmtrain train optimizer=s"
+        tab "llmtrain train optimizer=sg"
     """
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -649,5 +651,5 @@ def test_bash_completes_once_the_script_is_sourced(tmp_path: Path):
     assert lines[1:] == [
         "llmtrain gen -> generate",
         "llmtrain train optim.l -> optim.lr=",
-        "llmtrain train optimizer=s -> optimizer=sgd",
+        "llmtrain train optimizer=sg -> optimizer=sgd",
     ]

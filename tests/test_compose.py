@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from llmtrain.build import SCHEDULES
 from llmtrain.compose import ALIASES, Composed, compose_jobs, config_folder, mend, prepare
 from llmtrain.knobs import ConfigError
 from llmtrain.topics import options
@@ -60,6 +61,15 @@ def test_all_else_is_left_as_it_was_written(key: str, value: str):
     assert mend(override).partition("=")[2] == value
 
 
+@pytest.mark.parametrize("group", SCHEDULES[1:])
+def test_an_option_of_a_group_without_a_folder_is_spelled_as_hydra_wants_it(group: str):
+    assert mend(f"{group}=linear,cosine") == f"schedule@{group}=linear,cosine"
+    assert mend(f"++{group}=linear") == f"++schedule@{group}=linear"
+    for word in (f"{group}.floor=0.5", f"schedule@{group}=linear", f"x.{group}=1", f"{group}s=1", "schedule=linear"):
+        assert mend(word) == word
+    assert mend(mend(f"{group}=linear")) == mend(f"{group}=linear")
+
+
 @pytest.mark.parametrize("override", ["optimizers.lr=1", "my.optimizer.lr=1", "optimizer_lr=1", "x=optimizer=sgd"])
 def test_a_word_that_only_looks_like_another_is_left_alone(override: str):
     assert mend(override) == override
@@ -78,6 +88,37 @@ def test_overrides_groups_and_defaults_come_together():
     assert job.values["optim"] == {"name": "sgd", "lr": 0.1, "momentum": 0.5, "dampening": 0.0, "nesterov": False}
     assert job.values["train"]["steps"] == 7
     assert "hydra" not in job.values
+
+
+def test_a_group_without_a_folder_is_chosen_beside_the_one_whose_options_it_has():
+    job = one(mend("weight_decay_schedule=linear"), "weight_decay_schedule.floor=0.5", "schedule=constant")
+    assert (job.misfits, job.values["schedule"]["name"]) == ([], "constant")
+    assert job.values["weight_decay_schedule"] == {"name": "linear", "warmup": 0.05, "floor": 0.5}
+    assert job.values["momentum_schedule"] == {"name": "constant", "warmup": 0.0}
+    assert (job.choices["schedule"], job.choices["schedule@weight_decay_schedule"]) == ("constant", "linear")
+
+
+def test_a_wrong_option_of_a_group_without_a_folder_is_told_as_its_own():
+    job = one("schedule@weight_decay_schedule=linar", "schedule@batch_schedule=zzz")
+    assert told(job) == {"weight_decay_schedule": "linar", "batch_schedule": "zzz"}
+    assert [misfit.suggestion for misfit in job.misfits] == ["linear", None]
+    assert job.values["weight_decay_schedule"]["name"] == "linear"  # taken for what was meant
+    assert job.values["schedule"]["name"] == "cosine"
+    assert job.spoiled == {"batch_schedule"}
+
+
+def test_an_overlay_overrides_a_group_without_a_folder(folder: Path):
+    (folder / "experiment").mkdir()
+    overlay = (
+        "# @package _global_\ndefaults: [{override /schedule@batch_schedule: step}]\nbatch_schedule: {gamma: 0.5}\n"
+    )
+    (folder / "experiment" / "mine.yaml").write_text(overlay)
+    job = one("experiment=mine", folder=folder)
+    assert job.misfits == []
+    assert (job.values["batch_schedule"]["name"], job.values["batch_schedule"]["gamma"]) == ("step", 0.5)
+    assert one("experiment=mine", "schedule@batch_schedule=none", folder=folder).choices["schedule@batch_schedule"] == (
+        "none"
+    )
 
 
 def test_numbers_of_the_command_line_are_numbers():
@@ -253,6 +294,8 @@ def test_a_grid_has_a_job_for_each_combination():
 
 def test_a_glob_takes_every_option():
     assert [job.choices["optim"] for job in grid("optim=glob(*)")] == options("optim")
+    jobs = grid(mend("momentum_schedule=linear,cosine"))
+    assert [job.values["momentum_schedule"]["name"] for job in jobs] == ["linear", "cosine"]
     assert [job.choices["optim"] for job in grid("optim=glob(adam*)")] == ["adam", "adamax", "adamw"]
 
 

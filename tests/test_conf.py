@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from llmtrain.build import GROUPS, parts
-from llmtrain.compose import Composed, compose_jobs, config_folder, prepare
+from llmtrain.build import GROUPS, SCHEDULES, parts
+from llmtrain.compose import Composed, compose_jobs, config_folder, mend, prepare
 from llmtrain.config import COMMANDS, SECTIONS, Sample, check, knobs_of, read
 from llmtrain.knobs import Misfit
 from llmtrain.misfits import part_misfits
@@ -18,7 +18,8 @@ from llmtrain.tokenizer import byte
 from llmtrain.topics import option_values, options
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERY_OPTION = [(group, option) for group in GROUPS for option in options(group)]
+FOLDERS = [group for group, about in GROUPS.items() if about.folder is None]
+EVERY_OPTION = [(group, option) for group in FOLDERS for option in options(group)]
 ELSEWHERE = {("model", "resnet18"), ("model", "hf"), ("tokenizer", "model")}
 """Options that need larger images, or a folder: tests/test_convolutional.py, tests/test_pretrained.py."""
 
@@ -30,7 +31,19 @@ NEEDS = {
     "data=diabetes": ["model=linear"],
     "task=classification": ["model=mlp", "data=digits"],
     "task=regression": ["model=linear", "data=diabetes"],
-    **{f"loss={name}": ["model=linear", "data=diabetes"] for name in ("bce", "huber", "log_cosh", "mae", "mse")},
+    "task=probabilistic_regression": ["model=linear", "data=diabetes", "loss=gaussian_nll"],
+    "task=counts": ["model=linear", "data=diabetes", "loss=poisson_nll"],
+    "task=multilabel": ["model=mlp", "data=digits", "loss=bce"],
+    **{
+        f"loss={name}": ["model=linear", "data=diabetes"]
+        for name in ("bce", "huber", "log_cosh", "mae", "mse", "quantile")
+    },
+    **{
+        f"loss={name}": ["model=linear", "data=diabetes", "task=probabilistic_regression"]
+        for name in ("gaussian_nll", "laplace_nll")
+    },
+    "loss=poisson_nll": ["model=linear", "data=diabetes", "task=counts"],
+    "loss=sigmoid_focal": ["model=mlp", "data=digits", "task=multilabel"],
     "init=mup": ["model.tied_embeddings=false"],
     "model=textcnn": ["data=stdlib_modules"],
     "model=hf": ["model.path=folder"],
@@ -108,11 +121,33 @@ def test_every_part_has_an_option(group: str):
 
 def test_every_folder_of_options_is_a_group_and_every_group_has_a_default():
     folders = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    assert folders == {*GROUPS, "experiment", "sample"}
+    assert folders == {*FOLDERS, "experiment", "sample"}
     defaults = {
         k: v for entry in yaml_of("config.yaml")["defaults"] if isinstance(entry, dict) for k, v in entry.items()
     }
-    assert [group for group in GROUPS if defaults.get(group) not in options(group)] == []
+    entries = {group: f"{about.folder}@{group}" if about.folder else group for group, about in GROUPS.items()}
+    assert [group for group, entry in entries.items() if defaults.get(entry) not in options(group)] == []
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group not in FOLDERS])
+@pytest.mark.parametrize("option", ["none", "linear", "plateau"])
+def test_a_group_takes_the_options_of_another_and_no_knob_of_it(composed, group: str, option: str):
+    job = composed(mend(f"{group}={option}"), f"{group}.warmup=3 epochs", "train.accumulate=2", "optim=adamw")
+    assert job.misfits == []
+    assert job.values[group] == option_values(group, option) | {"warmup": "3 epochs"}
+    shipped = {other: option_values(other, "none") for other in GROUPS if other not in (*FOLDERS, group)}
+    assert {other: job.values[other] for other in shipped} == shipped
+    assert job.values["schedule"] == option_values("schedule", "cosine")
+    assert misfits_of(job) == []
+
+
+@pytest.mark.parametrize("group", SCHEDULES)
+def test_tokens_are_no_measure_where_there_are_none(composed, group: str):
+    words = [f"{group}.warmup=1M tokens", "train.accumulate=2", "optim=adamw"]
+    assert misfits_of(composed(*words)) == []
+    [misfit] = misfits_of(composed(*words, "model=mlp", "data=digits"))
+    assert (misfit.key, misfit.value) == (f"{group}.warmup", "1M tokens")
+    assert misfit.rule == "counts tokens, and this data has none; count samples or epochs"
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name != "sample"])

@@ -19,7 +19,8 @@ def whole() -> dict[str, Any]:
     values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     chosen = {k: v for entry in values["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     config = {k: v for k, v in values.items() if k not in ("defaults", "hydra")}
-    for group, option in chosen.items():
+    for entry, option in chosen.items():
+        group = entry.rpartition("@")[2]
         if option is not None and group in (*GROUPS, "sample"):
             config[group] = option_values(group, option)
     config["train"]["steps"], config["optim"]["lr"], config["data"]["context"] = 600, 1e-3, 128

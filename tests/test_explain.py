@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
-from llmtrain.build import GROUPS, find, parts
+from llmtrain.build import GROUPS, SCHEDULES, find, parts
 from llmtrain.config import COMMANDS, SECTIONS, knobs_of
 from llmtrain.topics import Knob, command_topic, option_topic, options, part_knobs, resume_knob, section_topic
 
@@ -46,7 +46,7 @@ def _atoms(kind: Any) -> list[tuple[Any, tuple[Any, ...]]]:
     if origin is typing.Annotated:
         base, *bounds = typing.get_args(kind)
         return [(inner, (*bounds, *more)) for inner, more in _atoms(base)]
-    if origin in (typing.Union, types.UnionType, list):
+    if origin in (typing.Union, types.UnionType, list, dict):
         return [atom for choice in typing.get_args(kind) for atom in _atoms(choice)]
     return [(kind, ())]
 
@@ -120,6 +120,7 @@ def test_explain_alone_names_every_group_option_and_section(call):
     assert said.code == 0
     assert [g for g in GROUPS if not re.search(rf"^{g} .*{GROUPS[g].meaning[:20]}", said.out, re.M)] == []
     assert [o for g in GROUPS for o in options(g) if o not in said.out] == []
+    assert said.out.count("inverse_sqrt") == 1 and said.out.count("those of schedule") == len(SCHEDULES) - 1
     assert [k for s in SECTIONS for k in knobs_of(SECTIONS[s]) if k not in said.out] == []
 
 
@@ -149,6 +150,22 @@ def test_explain_tells_a_knob_once_for_all_options_that_mean_the_same_by_it(call
     told = told_by(call("explain", "regularization.l1").out)
     assert told.count("regularization.l1 number >= 0") == 1
     assert all(f"(regularization={option}," in told for option in options("regularization"))
+
+
+def test_a_group_without_a_folder_tells_the_knobs_of_the_one_whose_options_it_has(call):
+    told, theirs = (told_by(call("explain", f"{group}.factor").out) for group in ("batch_schedule", "schedule"))
+    assert "0.5 (batch_schedule=plateau, conf/schedule/plateau.yaml)" in told
+    assert told == theirs.replace("schedule.factor", "batch_schedule.factor").replace(
+        "(schedule=plateau", "(batch_schedule=plateau"
+    )
+    assert "batch_schedule=linear" in call("explain", "batch_schedule").out
+    assert told_by(call("explain", "batch_schedule=linear").out).startswith("batch_schedule=linear A straight line")
+
+
+def test_lengths_are_told_with_their_units(call):
+    for knob in ("warmup", "every", "timescale", "rise", "milestones"):
+        told = told_by(call("explain", f"schedule.{knob}").out)
+        assert "number >= 0 or text such as 500 steps, 2 epochs, 1e4 samples, 10M tokens or 5%" in told
 
 
 @pytest.mark.parametrize("question", ["optim=sgd", "optimizer=sgd", "train", "generate", "data.context", "resume"])
@@ -205,6 +222,8 @@ def test_explain_shows_how_to_ask(call):
 
 def test_the_page_of_all_knobs_has_them_all(call):
     page = call("explain", "--markdown").out
+    assert page.count("Half a cosine from the peak") == 1
+    assert page.count("Options and knobs are those of `schedule`.") == len(SCHEDULES) - 1
     for _, told in EVERY_KNOB.values():
         for knob in told.values():
             meaning = " ".join(filter(None, (knob.meaning, knob.rest))).replace("|", "\\|")

@@ -47,7 +47,7 @@ def test_a_number_passes_exactly_where_its_type_promises(name: str, value: float
 @pytest.mark.parametrize("name", PROMISES)
 @given(value=NUMBERS.filter(math.isfinite))
 def test_the_words_for_a_type_say_what_passes(name: str, value: float):
-    kind, _, limits = describe(getattr(knobs, name)).partition(" ")
+    kind, _, limits = describe(getattr(knobs, name)).removesuffix(f" or {describe(knobs.Amount)}").partition(" ")
     in_words = all(eval(f"{value!r} {limit}") for limit in limits.split(" and "))
     whole = kind != "integer" or (value == int(value) and value < 2**63)
     assert passes(name, value) == (in_words and whole)
@@ -60,8 +60,71 @@ def test_what_is_no_finite_number_never_passes(name: str, value: Any):
 
 
 @pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("500 steps", (500, "step")),
+        ("1 step", (1, "step")),
+        ("2.5 epochs", (2.5, "epoch")),
+        (".5 epoch", (0.5, "epoch")),
+        ("1e4 samples", (1e4, "sample")),
+        ("1.5e6 tokens", (1.5e6, "token")),
+        ("10M tokens", (1e7, "token")),
+        ("10 k tokens", (1e4, "token")),
+        ("2Btokens", (2e9, "token")),
+        ("1 G tokens", (1e9, "token")),
+        (" 5 % ", (5, "%")),
+        ("100%", (100, "%")),
+        ("0%", (0, "%")),
+    ],
+)
+def test_a_length_may_have_a_unit(text: str, found: tuple[float, str]):
+    assert knobs.amount(text) == found
+    assert passes_as_text(text) and passes_as_text([text, 3])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "steps",
+        "5 minutes",
+        "-1 steps",
+        "101%",
+        "1e999 steps",
+        "1.2.3 steps",
+        "5 stepss",
+        "5%s",
+        "0x5 steps",
+        "inf",
+        "1 m tokens",
+    ],
+)
+def test_what_is_no_length_is_refused_with_the_rule(text: str):
+    assert knobs.amount(text) is None
+    rule = "must be number >= 0 or text such as 500 steps, 2 epochs, 1e4 samples, 10M tokens or 5%"
+    assert validate({"knob": knobs.Length}, {"knob": text})[1] == [Misfit("knob", text, rule)]
+    assert not passes_as_text([text])
+
+
+@pytest.mark.parametrize("value", ["0.1", "5", "1e3", 0.1, 5])
+def test_a_length_without_a_unit_is_a_number_also_as_text(value: Any):
+    values, misfits = validate({"knob": knobs.Length, "list": list[knobs.Length]}, {"knob": value, "list": [value]})
+    assert misfits == []
+    assert values == {"knob": float(value), "list": [float(value)]}
+    assert type(values["knob"]) is type(values["list"][0]) is float
+
+
+def passes_as_text(value: Any) -> bool:
+    kind = list[knobs.Length] if isinstance(value, list) else knobs.Length
+    values, misfits = validate({"knob": kind}, {"knob": value})
+    assert misfits or values["knob"] == value
+    return not misfits
+
+
+@pytest.mark.parametrize(
     ("annotation", "words"),
     [
+        (knobs.Length | None, "number >= 0 or text such as 500 steps, 2 epochs, 1e4 samples, 10M tokens or 5% or null"),
         (knobs.Count, "integer >= 1"),
         (knobs.Fraction, "number >= 0 and < 1"),
         (knobs.Share, "number > 0 and <= 1"),

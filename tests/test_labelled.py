@@ -12,7 +12,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from llmtrain.data.corpus import split_by_file
 from llmtrain.data.embedded import diabetes, digits
 from llmtrain.data.labelled import stdlib_modules
-from llmtrain.data.rows import Rows, guess
+from llmtrain.data.rows import Rows, guess, targets_of
 from llmtrain.data.text import library_sources
 from llmtrain.knobs import ConfigError
 from llmtrain.tokenizer import Tokenizer, byte
@@ -144,3 +144,22 @@ def test_rows_are_taken_in_the_order_asked_for() -> None:
     rows = Rows(np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(4))
     inputs, targets, mask = rows.take([2, 0, 2])
     assert inputs[:, 0].tolist() == [6, 0, 6] and targets.tolist() == [2, 0, 2] and mask.tolist() == [True] * 3
+
+
+def test_targets_are_taken_some_at_a_time_where_they_are_not_held() -> None:
+    held = Rows(np.zeros((600, 3), dtype=np.float32), np.arange(600))
+    assert targets_of(held) is held.targets
+
+    class Taking:
+        most = 0
+
+        def __len__(self) -> int:
+            return len(held)
+
+        def take(self, indices: Any) -> Any:
+            self.most = max(self.most, len(indices))
+            return held.take(indices)
+
+    taking = Taking()
+    assert targets_of(taking).tolist() == list(range(600))
+    assert taking.most < 600

@@ -21,6 +21,7 @@ from llmtrain.loop import Length, due, fit
 from llmtrain.losses import cross_entropy
 from llmtrain.optim.adaptive import adam
 from llmtrain.optim.sgd import sgd
+from llmtrain.pace import Pace, still
 from llmtrain.precision import fp16
 from llmtrain.run import _compiled, summed
 from llmtrain.schedules import cosine
@@ -99,7 +100,7 @@ def test_equals_a_plain_loop_however_the_batch_is_split(optimizer, accumulate, g
 def test_splitting_would_show_if_each_part_were_divided_by_its_own_count():
     """The batches above tell a right division from a wrong one."""
     job = make_job(make_state(make_gpt()), RAGGED, make_train(epochs=1, batch_size=8, accumulate=8))
-    batch = job.loader.step(1)
+    batch = job.loader.step(8)
     counts = [int(micro.mask.sum()) for micro in batch.micro]
     assert 0 in counts and len(set(counts)) > 1 and sum(counts) == batch.targets
     model = make_gpt(std=0.3).double()
@@ -127,7 +128,7 @@ def test_decay_and_penalty_stand_where_they_belong():
     theirs = OPTIMIZERS["sgd"][1](model.parameters())
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "tokens" not in n and "positions" not in n]
     for step in range(2):
-        micro = job.loader.step(step).micro[0]
+        micro = job.loader.step(step * 8).micro[0]
         model.zero_grad()
         F.cross_entropy(model(micro.inputs)[micro.mask], micro.targets[micro.mask]).backward()
         penalty = sum(0.01 * w.abs().sum() + 0.02 * w.square().sum() for w in matrices)
@@ -263,7 +264,7 @@ def test_half_an_epoch_takes_half_of_the_samples():
 
 
 def length(samples=14, context=8, **given):
-    return Length(make_train(**given), samples, context)
+    return Length(make_train(**given), samples, context, Pace(still))
 
 
 def test_lengths_in_steps():
@@ -315,7 +316,7 @@ def test_a_resumed_run_by_the_clock_has_only_the_rest_of_the_time(monkeypatch):
     clock = Clock(monkeypatch)
     model = make_gpt()
     state = make_state(model)
-    state.step = state.batches = 20
+    state.step = 20
     state.seconds = 20.0
     job = make_job(state, RAGGED, make_train(minutes=0.5), loss=clock.taking(1.0, summed(model, CE)))
     fit(state, job)
@@ -557,7 +558,7 @@ def test_float16_overflow_skips_update_and_schedule_but_not_the_data(optimizer):
     assert [call[1] for call in calls] == list(range(len(calls)))  # the data's does not
     good, applied = 0, []
     for number, (here, after) in enumerate(itertools.pairwise(calls)):
-        assert torch.equal(here[4], run.job.loader.step(number).micro[0].inputs)
+        assert torch.equal(here[4], run.job.loader.step(number * 8).micro[0].inputs)
         if after[0] == here[0]:
             assert torch.equal(after[3], here[3])  # not even a bit of the weights has moved
             assert after[2] == here[2] / 2

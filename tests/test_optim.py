@@ -1,18 +1,25 @@
 """Optimizers against torch's plain loops and the formulas in float64; who is treated how."""
 
+import fnmatch
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from toy import make_gpt
+from toy import CPU, make_gpt, make_job, make_train, make_windows
 
 from llmtrain.build import find, parts
+from llmtrain.checkpoint import TrainState
 from llmtrain.knobs import ConfigError
+from llmtrain.loop import fit
 from llmtrain.optim.adaptive import adamw
-from llmtrain.optim.groups import fused, param_groups, weights_of
+from llmtrain.optim.groups import decaying, fused, param_groups
 from llmtrain.optim.sgd import sgd
+from llmtrain.pace import Pace, remember
+from llmtrain.precision import fp32
 
 SGD = {"lr": 0.05, "momentum": 0.9, "dampening": 0.0, "nesterov": False}
 ADAM = {"lr": 0.02, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "amsgrad": False}
@@ -164,7 +171,8 @@ def test_presets_build_and_move_the_weights(name):
         p.grad = torch.ones_like(p)
     optimizer.step()
     optimizer.step()  # some only look at the first gradient
-    assert all(torch.all(p < old) for p, old in zip(model.parameters(), before, strict=True))
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert (p != old).all() and (p - old).sum() < 0  # downhill on the whole: SOAP moves along axes of its own
 
 
 def preset_without_interpolation(name):
@@ -180,9 +188,12 @@ def preset_without_interpolation(name):
 def test_every_optimizer_is_tested_here_or_in_its_file():
     from test_optim_library import library
     from test_optim_muon import muon
+    from test_optim_schedule_free import CASES as AVERAGED
+    from test_optim_soap import soap
     from test_optim_steps import FORMULAS
 
-    assert set(parts("optim")) == {name for name, _ in CASES} | set(FORMULAS) | {muon.__name__, library.__name__}
+    alone = {part.__name__ for part in (muon, library, soap)}
+    assert set(parts("optim")) == {name for name, _ in CASES + AVERAGED} | set(FORMULAS) | alone
 
 
 # Groups
@@ -204,20 +215,111 @@ def test_each_trainable_parameter_is_claimed_once(tied, position):
             matrix = p.dim() == 2 and not name.startswith("embedding.")
             assert (group["kind"] == "shrink") == matrix, name
     assert ("output.linear.weight" in groups[0]["names"]) == (not tied)
-    assert {id(w) for w in weights_of(groups)} == {id(p) for p in groups[0]["params"]}
     assert [group["kind"] for group in groups] == ["shrink", "keep"]
 
 
 def test_a_kind_without_parameters_makes_no_group():
     assert [g["kind"] for g in param_groups(nn.LayerNorm(3))] == ["keep"]
     assert [g["kind"] for g in param_groups(nn.Linear(3, 2, bias=False))] == ["shrink"]
-    assert weights_of(param_groups(nn.LayerNorm(3))) == []
 
 
 def test_kernels_shrink_and_embeddings_of_any_module_keep():
     groups = {g["kind"]: set(g["names"]) for g in param_groups(Toy())}
     assert groups["shrink"] == {"linear.weight", "kernel.weight"}
     assert groups["keep"] == {"table.weight", "linear.bias", "kernel.bias", "norm.weight", "norm.bias"}
+
+
+GLOBS = st.sampled_from(["*", "blocks", "blocks.0", "blocks.*.norm?", "*.bias", "embedding", "*.weight", "norm"])
+SCALES = st.dictionaries(GLOBS, st.sampled_from([0.0, 0.1, 0.5, 2.0]), max_size=4)
+
+
+@settings(max_examples=60)
+@given(lr=SCALES, decay=SCALES, layer_decay=st.sampled_from([1.0, 0.5]), freeze=st.sets(GLOBS.filter(lambda g: g != "*")))
+def test_each_parameter_is_claimed_once_with_its_multipliers(lr, decay, layer_decay, freeze):
+    """Written out for each parameter: the last glob that fits its name or what it is in; blocks by their depth."""
+    model = make_gpt()
+    fits = lambda glob, name: any(fnmatch.fnmatchcase(part, glob) for part in (name, *prefixes(name)))
+    last = lambda globs, name, otherwise: ([v for g, v in globs.items() if fits(g, name)] or [otherwise])[-1]
+    frozen = {n for n, _ in model.named_parameters() if any(fits(g, n) for g in freeze)}
+    if len(frozen) == len(list(model.parameters())):
+        with pytest.raises(ConfigError, match="leaves nothing to train"):
+            param_groups(model, lr_scale=lr, decay_scale=decay, layer_decay=layer_decay, freeze=list(freeze))
+        return
+    groups = param_groups(model, lr_scale=lr, decay_scale=decay, layer_decay=layer_decay, freeze=list(freeze))
+    depths = {"embedding": 3, "blocks.0": 2, "blocks.1": 1, "norm": 0}
+    expected = {}
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (name not in frozen)
+        if name not in frozen:
+            matrix = p.dim() == 2 and not name.startswith("embedding.")
+            depth = next(d for top, d in depths.items() if fits(top, name))
+            scale = last(lr, name, 1.0) * layer_decay**depth
+            expected[name] = ("shrink" if matrix else "keep", scale, last(decay, name, 1.0 if matrix else 0.0))
+    found = [(n, (g["kind"], g["lr_scale"], g["decay"])) for g in groups for n in g["names"]]
+    assert len(found) == len(expected) and dict(found) == expected
+    by_name = dict(model.named_parameters())
+    assert all(by_name[n] is p for g in groups for n, p in zip(g["names"], g["params"], strict=True))
+    assert all(g["params"] for g in groups)
+    assert len({(g["kind"], g["lr_scale"], g["decay"]) for g in groups}) == len(groups)
+
+
+def prefixes(name):
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "near"),
+    [
+        ("lr", {"embeding": 0.1}, "embedding"),
+        ("decay", {"blocks": 0.1, "blocks.7": 0.5}, "blocks.1"),
+        ("freeze", ["blocks.0.atention"], "blocks.0.attention"),
+    ],
+)
+def test_a_glob_that_fits_nothing_is_an_error_that_names_the_nearest(knob, value, near):
+    model = make_gpt()
+    with pytest.raises(ConfigError) as caught:
+        param_groups(model, **{knob: value})
+    [misfit] = caught.value.misfits
+    assert (misfit.key, misfit.value) == (knob, list(value)[-1])
+    assert near in misfit.rule and misfit.suggestion is not None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_all_that_is_wrong_with_groups_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        param_groups(Toy(), lr_scale={"x": 1.0}, decay_scale={"y": 1.0}, freeze=["z", "*"], layer_decay=0.5)
+    assert [m.key for m in caught.value.misfits] == ["lr", "decay", "freeze", "freeze", "layer_decay"]
+
+
+def test_multipliers_reach_the_update():
+    """Gradient descent with a decay of its own, each parameter with its own rate and share of it."""
+    model = make_toy(torch.float64)
+    groups = param_groups(model, lr_scale={"linear": 0.5, "table": 0.0}, decay_scale={"kernel": 0.3, "norm": 2.0})
+    optimizer = remember(torch.optim.SGD(decaying(groups, 0.2), lr=0.1))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    set_gradients(model, 0)
+    now = Pace(lambda step, steps, losses: 0.4, decay=lambda step, steps, losses: 0.5).set(optimizer, 3, 9, ())
+    assert now == (3, 9, pytest.approx(0.04), 0.5)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            top = name.split(".")[0]
+            share = {"kernel": 0.3, "norm": 2.0}.get(top, 1.0 if name == "linear.weight" else 0.0)
+            rate = 0.04 * {"linear": 0.5, "table": 0.0}.get(top, 1.0)
+            expected = before[name] - rate * (p.grad + 0.5 * 0.2 * share * before[name])
+            torch.testing.assert_close(p.detach(), expected, atol=1e-15, rtol=1e-13, msg=name)
+
+
+def test_what_is_frozen_stays_through_a_run():
+    model = make_gpt(std=0.3)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    groups = param_groups(model, freeze=["embedding", "blocks.0"])
+    state = TrainState(model, remember(torch.optim.SGD(groups, lr=0.1)), fp32(CPU).scaler)
+    assert fit(state, make_job(state, make_windows(), make_train(steps=2))) == "finished"
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith(("embedding", "blocks.0.")), name
+        assert p.grad is None
 
 
 def test_adamw_decays_the_matrices_alone():

@@ -8,6 +8,7 @@ from test_optim import make_toy, set_gradients
 from test_optim_steps import STEPS, set_rates
 from toy import make_gpt, make_job, make_state, make_train, make_windows
 
+from llmtrain.build import parts
 from llmtrain.checkpoint import restore, save
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.loop import fit
@@ -38,6 +39,8 @@ def test_twenty_steps_equal_the_librarys():
         for each, model in ((optimizer, ours), (reference, other)):
             set_gradients(model, step)
             set_rates(each, 1 - step / (2 * STEPS))
+            for group in each.param_groups:  # as a schedule of momentum does
+                group["betas"] = (0.8 - step / (2 * STEPS), 0.99)
             each.step()
         assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), other.parameters(), strict=True)), step
 
@@ -60,9 +63,8 @@ def test_a_checkpoint_of_another_class_is_refused(tmp_path):
     fit(one, make_job(one, make_windows(), make_train(steps=2)))
     path = save(tmp_path, one, keep=1, extra={})
     other = make_state(make_gpt(layers=1), lambda groups: library(groups, **KNOBS | {"optimizer": "Yogi"}))
-    restore(path, other)
-    with pytest.raises(UserError, match="those of Adan, not of Yogi"):
-        fit(other, make_job(other, make_windows(), make_train(steps=4)))
+    with pytest.raises(UserError, match="holds the running values of Adan, not of Yogi"):
+        restore(path, other)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,17 @@ def test_a_checkpoint_of_another_class_is_refused(tmp_path):
 def test_what_cannot_be_trained_and_saved_is_refused(name, reason):
     [(key, rule, _)] = misfits(optimizer=name)
     assert key == "optimizer" and rule.startswith("cannot be taken: ") and reason in rule
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("ScheduleFreeAdamW", "schedule_free_adamw"), ("ScheduleFreeSGD", "schedule_free_sgd"), ("SOAP", "soap")],
+)
+def test_a_part_of_our_own_is_named_where_there_is_one(name, ours):
+    [(_, rule, _)] = misfits(optimizer=name)
+    assert rule.endswith(f"; use optim={ours}") and ours in parts("optim")
+    [(_, rule, _)] = misfits(optimizer="SophiaH")
+    assert "use optim=" not in rule
 
 
 def test_misfits_are_told_together_with_what_was_meant():

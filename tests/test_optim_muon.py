@@ -1,4 +1,4 @@
-"""Muon: torch's for the matrices, torch's Adam for the rest, and the orthogonal matrix that it comes near."""
+"""Muon: torch's steps for the matrices, torch's Adam for the rest, and the orthogonal matrix that it comes near."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from test_optim_steps import STEPS, set_rates
 from toy import make_gpt
 
 from llmtrain.optim.groups import param_groups
-from llmtrain.optim.muon import muon
+from llmtrain.optim.muon import Muon, muon
 
 KNOBS = {
     "lr": 0.05,
@@ -52,6 +52,32 @@ def test_twenty_steps_equal_torchs_muon_and_adam(knobs):
             each.step()
         for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, atol=1e-13, rtol=1e-13, msg=f"{n} after step {step}")
+
+
+SHAPES = ((48, 16), (16, 16), (64, 16), (16, 64), (48, 16), (16, 16), (16, 64), (16, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False, "ns_steps": 3}])
+def test_many_matrices_together_step_as_torchs_one_by_one(dtype, settings):
+    """Rate and momentum count as they stand in the groups; a matrix without a gradient is left out of its stack."""
+    settings = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "ns_steps": 5, "eps": 1e-7} | settings
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES] for _ in range(2))
+    optimizer = Muon([{"params": ours}], {"adjust_lr": "match_rms_adamw"} | settings)
+    reference = torch.optim.Muon(theirs, weight_decay=0.0, adjust_lr_fn="match_rms_adamw", **settings)
+    torch.manual_seed(0)
+    for step in range(6):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = None if (step, i) == (1, 4) else torch.randn(p.shape).to(dtype)
+            q.grad = p.grad
+        for each in (optimizer, reference):
+            each.param_groups[0] |= {"lr": 0.05 / (step + 1), "momentum": 0.9 - 0.1 * step}
+            each.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, atol=1e-2 * 0.05, rtol=0.0)  # bfloat16 in the iterations
+    assert [optimizer.state[p].keys() for p in ours] == [reference.state[q].keys() for q in theirs]
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 12), (12, 4)])

@@ -189,7 +189,7 @@ FORGET = {
     "optimizer's lists": _ALL.format("list"),
     "scaler": "state.scaler.load_state_dict(scaler)",
     "step": "state.step = 0",
-    "batches": "state.batches = 0",
+    "samples": "state.samples = 0",
     "seconds": "state.seconds = 0.0",
     "best": "state.best = {}",
     "pending": "state.pending = []",

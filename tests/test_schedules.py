@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,21 +13,25 @@ from torch.optim import lr_scheduler
 from toy import preset
 
 from llmtrain import schedules
-from llmtrain.build import choose, parts
-from llmtrain.knobs import ConfigError
+from llmtrain.build import Choice, choose, parts, takes
+from llmtrain.knobs import Amount, ConfigError
 from llmtrain.schedules import (
     constant,
     cosine,
     cosine_restarts,
     exponential,
+    in_steps,
     inverse_sqrt,
     linear,
     multistep,
     one_cycle,
+    plateau,
     polynomial,
     step,
     wsd,
 )
+from llmtrain.topics import option_values, options
+from llmtrain.types import DataSpec
 
 TO_THE_FLOOR = {
     "cosine": [cosine],
@@ -52,6 +57,7 @@ ABOVE_THE_FLOOR = {
     "inverse_sqrt": [partial(inverse_sqrt, timescale=0.05), partial(inverse_sqrt, timescale=100.0)],
 }
 """Those that end where they get to, but not below their floor."""
+STALLED = {"factor": 0.5, "patience": 1, "threshold": 0.0, "threshold_mode": "abs", "cooldown": 0}
 CYCLES = [
     partial(one_cycle, initial_division=25.0, final_division=1e4, shape="cosine"),
     partial(one_cycle, initial_division=4.0, final_division=1.0, shape="linear"),
@@ -85,10 +91,24 @@ def torchs(make, steps, lr=0.3):
 
 
 def test_every_schedule_is_tested_here():
-    assert set(parts("schedule")) == {"constant", *TO_THE_FLOOR, *ABOVE_THE_FLOOR, "one_cycle"}
-    for name in parts("schedule"):
-        given_by_the_run = list(inspect.signature(getattr(schedules, name)).parameters)[:2]
-        assert given_by_the_run == ["step", "steps"]
+    assert set(parts("schedule")) == {"constant", *TO_THE_FLOOR, *ABOVE_THE_FLOOR, "one_cycle", "plateau"}
+    for name, part in parts("schedule").items():
+        taken = list(inspect.signature(getattr(schedules, name)).parameters)
+        assert taken[: len(part.given)] == ["step", "steps", "losses"][: len(part.given)]
+        assert ("losses" in taken) == (name == "plateau")
+
+
+@cache
+def presets():
+    """Every YAML file's schedule as a function of step, steps and losses."""
+    return {name: (choice.bind(), choice.values) for name in options("schedule") for choice in [choice_of(name)]}
+
+
+def choice_of(name, **knobs) -> Choice:
+    """A YAML file's schedule, some knobs changed."""
+    choice, misfits = choose("schedule", option_values("schedule", name) | knobs)
+    assert choice is not None, misfits
+    return choice
 
 
 # -- each against torch's, or against its formula ---------------------------------------------------------------
@@ -178,6 +198,51 @@ def test_stairs_take_fractions_and_keep_their_floor():
     assert multipliers(multistep, 3, warmup=0.0, milestones=[0.1, 0.0], gamma=0.5, floor=0.0) == [1, 0.25, 0.25]
     within = multipliers(multistep, 4, warmup=4.0, milestones=[2.0], gamma=0.5, floor=0.0)
     assert within == [0.25, 0.5, 0.375, 0.5]
+
+
+@given(
+    losses=st.lists(st.one_of(st.floats(-3, 9), st.sampled_from([1.0, 1.1, math.nan, math.inf])), max_size=60),
+    factor=st.floats(0.05, 0.95),
+    patience=st.integers(0, 4),
+    threshold=st.one_of(st.just(0.0), st.floats(0, 0.9)),
+    mode=st.sampled_from(["rel", "abs"]),
+    cooldown=st.integers(0, 4),
+    floor=st.sampled_from([0.0, 0.2]),
+)
+def test_plateau_equals_torchs_after_every_evaluation(losses, factor, patience, threshold, mode, cooldown, floor):
+    """Theirs has a state, ours follows from the losses so far; theirs takes no step below its eps."""
+    optimizer = torch.optim.SGD([torch.zeros(1, dtype=torch.float64, requires_grad=True)], lr=1.0)
+    theirs = lr_scheduler.ReduceLROnPlateau(
+        optimizer, "min", factor, patience, threshold, mode, cooldown, min_lr=floor, eps=0.0
+    )
+    knobs = {"factor": factor, "patience": patience, "threshold": threshold, "threshold_mode": mode}
+    ours = partial(plateau, 10, 99, warmup=0.0, cooldown=cooldown, floor=floor, **knobs)
+    assert ours([]) == 1.0
+    for number, loss in enumerate(losses, start=1):
+        theirs.step(loss)
+        assert ours(losses[:number]) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_plateau_counts_evaluations():
+    at = partial(plateau, 10, 99, warmup=0.0, floor=0.0)
+    losses = [3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    reached = [at(losses[:number], **STALLED) for number in range(len(losses) + 1)]
+    assert reached == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+    rested = [at(losses[:number], **STALLED | {"cooldown": 2}) for number in range(len(losses) + 1)]
+    assert rested == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25]
+    assert at(losses, **STALLED | {"patience": 9}) == 1
+    assert plateau(1, 99, losses, warmup=4.0, floor=0.2, **STALLED) == pytest.approx(0.5 * 0.2)
+    falling = [10 * 0.95**number for number in range(10)]
+    assert at(falling, **STALLED) == 1
+    assert at(falling, **STALLED | {"threshold": 0.06, "threshold_mode": "rel"}) == 1  # over two of them it is more
+    assert at(falling, **STALLED | {"threshold": 0.2, "threshold_mode": "rel"}) == 0.0625
+    assert at(falling, **STALLED | {"threshold": 2.0}) == 0.0625
+
+
+def test_a_share_of_the_best_loss_is_below_one():
+    with pytest.raises(ConfigError, match=r"threshold=1\.0: must be below 1 where threshold_mode=rel"):
+        plateau(0, 9, [], warmup=0.0, floor=0.0, **STALLED | {"threshold": 1.0, "threshold_mode": "rel"})
+    assert plateau(0, 9, [], warmup=0.0, floor=0.0, **STALLED | {"threshold": 3.0}) == 1
 
 
 def test_inverse_sqrt_is_the_transformers():
@@ -303,6 +368,80 @@ def test_values_out_of_range_are_refused(knob):
     assert [misfit.key for misfit in misfits] == [f"schedule.{next(iter(knob))}"]
 
 
+# -- lengths with a unit ----------------------------------------------------------------------------------------
+
+TEXT, IMAGES = DataSpec(vocab=9, context=50), DataSpec(shape=(1, 8, 8), outputs=10)
+
+
+@pytest.mark.parametrize(
+    ("length", "plain"),
+    [
+        ("0 steps", 0.0),
+        ("7 steps", 7.0),
+        ("0.2 steps", 1.0),  # a number of steps, never a fraction
+        ("2 epochs", 250.0),
+        ("0.01 epochs", 2.0),
+        ("1 epoch", 125.0),
+        ("80 samples", 10.0),
+        ("81 samples", 11.0),
+        ("4k tokens", 10.0),
+        ("1.2e5 tokens", 300.0),
+        ("5%", 0.05),
+        ("0%", 0.0),
+        (0.3, 0.3),
+        (12.0, 12.0),
+    ],
+)
+def test_a_length_becomes_a_plain_one(length, plain):
+    """8 samples of 50 tokens are a step, 1000 samples an epoch."""
+    counted = in_steps(choice_of("multistep", warmup=length, milestones=[length, 3.0]), 8, 1000, TEXT)
+    assert (counted.values["warmup"], counted.values["milestones"]) == (plain, [plain, 3.0])
+    assert {k: v for k, v in counted.values.items() if k not in ("warmup", "milestones")} == {"gamma": 0.1, "floor": 0}
+
+
+@given(st.integers(1, 512), st.integers(1, 10**6), st.integers(1, 4096), st.floats(0.001, 1000))
+def test_epochs_samples_and_tokens_agree(batch_size, samples, context, epochs):
+    spec = DataSpec(vocab=9, context=context)
+    counts = {"epochs": epochs, "samples": epochs * samples, "tokens": epochs * samples * context}
+    found = [
+        in_steps(choice_of("constant", warmup=f"{count!r} {unit}"), batch_size, samples, spec).values["warmup"]
+        for unit, count in counts.items()
+    ]
+    assert max(found) - min(found) <= 1e-6 * max(found) + (len(set(found)) > 1)  # a whole step apart at most
+    assert found[0] == pytest.approx(math.ceil(epochs * samples / batch_size - 1e-6), abs=1)
+    assert min(found) >= 1
+
+
+def test_all_of_the_run_is_a_fraction_of_it():
+    for steps in (1, 2, 10, 999, 10**7):
+        share = in_steps(choice_of("constant", warmup="100%"), 8, 1000, TEXT)
+        at = share.bind()
+        assert [at(0, steps), at(steps - 1, steps)] == pytest.approx([1 / steps, 1])
+        assert in_steps(choice_of("wsd", decay="100%", warmup=0), 8, 1000, TEXT).bind()(0, steps) == 1.0
+
+
+def test_data_without_tokens_has_other_units():
+    counted = in_steps(choice_of("constant", warmup="80 samples"), 8, 1000, IMAGES)
+    assert counted.values["warmup"] == 10
+    with pytest.raises(ConfigError) as caught:
+        in_steps(choice_of("multistep", milestones=[2, "1M tokens"]), 8, 1000, IMAGES)
+    [misfit] = caught.value.misfits
+    assert (misfit.key, misfit.value) == ("milestones", "1M tokens")
+    assert misfit.rule == "counts tokens, and this data has none; count samples or epochs"
+
+
+def test_every_length_of_a_schedule_takes_a_unit():
+    lengths = {"warmup", "decay", "every", "milestones", "timescale", "rise"}
+    for name, part in parts("schedule").items():
+        taken = {knob for knob, kind in part.knobs.items() if takes(Amount, kind)}
+        assert taken == lengths & part.knobs.keys() - ({"decay"} if name == "cosine_restarts" else set())
+        given = {knob: ["5 steps"] if knob == "milestones" else "5 steps" for knob in taken}
+        plain = {knob: [5.0] if knob == "milestones" else 5.0 for knob in taken}
+        ours, same = (choice_of(name, **knobs) for knobs in (given, plain))
+        for number in range(20):
+            assert in_steps(ours, 8, 9, TEXT).build(number, 20, []) == same.build(number, 20, [])
+
+
 # -- what holds for all -----------------------------------------------------------------------------------------
 
 
@@ -332,8 +471,8 @@ def test_the_only_step_takes_the_peak():
         assert schedule(0, 1, warmup=0.05) == 1.0
         assert schedule(9, 10, warmup=9.0) == 1.0  # the only one after the warm-up
         assert schedule(9, 10, warmup=8.0) == (1.0 if schedule is constant else pytest.approx(0.1))
-    for name in parts("schedule"):
-        assert getattr(schedules, name)(0, 1, **preset(name, "schedule")) == 1.0
+    for schedule, _ in presets().values():
+        assert schedule(0, 1, []) == schedule(0, 1, [3.0, 2.0]) == 1.0
 
 
 def test_a_warmup_longer_than_the_run_only_rises():
@@ -346,15 +485,56 @@ def test_a_warmup_longer_than_the_run_only_rises():
 
 def test_presets_hold_in_every_run():
     """Each YAML file, at each step of short runs and at the ends of long ones."""
-    for name in parts("schedule"):
-        knobs = preset(name, "schedule")
+    for schedule, knobs in presets().values():
         floor = knobs.get("floor", 0.0)
         for steps in (*range(1, 40), 1000, 10**6):
             for number in {*range(min(steps, 40)), steps // 2, steps - 2, steps - 1}:
-                value = getattr(schedules, name)(max(number, 0), steps, **knobs)
+                value = schedule(max(number, 0), steps, [])
                 assert 0 <= value <= 1
                 if number >= 0.3 * steps + 1:
                     assert value >= floor * (1 - 1e-12)
+
+
+SMOOTH = {
+    "constant": 0.0,
+    "none": 0.0,
+    "cosine": math.pi / 2,
+    "linear": 1.0,
+    "exponential": math.log(10),
+    "polynomial": 2.0,
+    "inverse_sqrt": 10.0,
+    "one_cycle": math.pi / 2 / 0.3,
+}
+"""The steepest slope of each preset over its whole time, if it has a steepest."""
+
+
+@pytest.mark.parametrize("name", sorted({*options("schedule")} - {"step", "multistep", "plateau"}))
+@pytest.mark.parametrize("steps", [40, 1000, 20000])
+def test_there_is_no_jump_where_there_need_be_none(name, steps):
+    """Neighbours differ by a slope times a step; restarts jump up, and the root of wsd falls steeply at first."""
+    schedule = presets()[name][0]
+    values = [schedule(number, steps, []) for number in range(steps)]
+    warmup = round(0.05 * steps) if name not in ("one_cycle", "none") else 0
+    moves = [after - here for here, after in pairwise(values)]
+    assert all(move == pytest.approx(1 / warmup) for move in moves[: max(warmup - 1, 0)])
+    moves = moves[max(warmup - 1, 0) :]
+    up = [move for move in moves if move > 1e-12]
+    if name == "cosine_restarts":
+        assert len(up) == 3
+        moves = [move for move in moves if move <= 0]
+        bound = math.pi / 2 * 15  # the first of cycles as long as 1, 2, 4 and 8
+    elif name == "wsd":
+        bound = math.sqrt(0.2 * steps) / 0.2  # sqrt(1 / n) at once, n = 0.2 steps
+    else:
+        bound = SMOOTH[name]
+    assert max(map(abs, moves)) <= bound / (0.95 if name != "one_cycle" else 1) * 1.1 / (steps - 2)
+
+
+@given(st.integers(1, 10**6), st.data(), st.lists(st.floats(0, 20), max_size=30))
+def test_every_preset_lies_between_nothing_and_the_peak(steps, data, losses):
+    number = data.draw(st.integers(0, steps - 1))
+    for schedule, _ in presets().values():
+        assert 0 <= schedule(number, steps, losses) <= 1
 
 
 lengths = st.integers(1, 10**7)

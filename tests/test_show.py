@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from llmtrain import cli
-from llmtrain.schedules import cosine
+from llmtrain.schedules import constant, cosine, linear
 
 TINY = ("model=gpt_nano", "model.layers=2", "model.width=32", "model.context=32", "precision=fp32")
 
@@ -99,6 +100,84 @@ def test_the_learning_rate_is_drawn_where_the_schedule_is_asked_about(call):
         assert f"\n  {line}\n" in drawn
 
 
+MOVING = ("schedule=constant", "momentum_schedule=linear", "momentum_schedule.warmup=0", "momentum_schedule.floor=0.5")
+
+
+def test_other_schedules_are_told_where_they_move(call):
+    words = (*TINY, *MOVING, "weight_decay_schedule.warmup=10", "optim=adamw", "train.steps=101")
+    told = asked(call, *words)
+    assert told["momentum_schedule"] == {"start": 1.0, "peak": 1.0, "peak_step": 1, "end": 0.5}
+    assert told["weight_decay_schedule"] == {"start": 0.1, "peak": 1.0, "peak_step": 10, "end": 1.0}
+    assert "batch_schedule" not in told
+    out = call("show", *words).out
+    assert "  momentum_schedule linear: times 1 at step 1,\n    1 at step 1, 0.5 at step 101\n" in out
+    assert "  weight_decay_schedule constant: times 0.1 at step 1,\n    1 at step 10, 1 at step 101\n" in out
+    assert "batch_schedule" not in out
+    assert "momentum_schedule" in asked(call, *TINY, "schedule@momentum_schedule=linear")
+    assert "schedule" not in asked(call, *TINY, "train.steps=101")
+
+
+@pytest.mark.parametrize(
+    ("words", "peak_step"),
+    [
+        (("schedule.warmup=0.5 epochs", "train.epochs=4"), 125),  # 1000 steps are drawn, 250 for each epoch
+        (("schedule.warmup=1 epoch", "train.steps=500"), 50),  # a tenth of the run
+        (("schedule.warmup=640 samples", "train.steps=500"), 80),
+        (("schedule.warmup=25600 tokens", "train.steps=500"), 100),
+        (("schedule.warmup=12 steps", "train.steps=500"), 12),
+        (("schedule.warmup=10%", "train.steps=500"), 50),
+    ],
+)
+def test_lengths_with_units_are_drawn(call, words: tuple[str, ...], peak_step: int):
+    words = (*TINY, "model.context=32", "schedule=constant", *words)
+    assert asked(call, *words)["schedule"]["peak_step"] == peak_step
+    assert ("The length of an epoch depends on the data" in call("show", *words).out) == ("epoch" in words[-2])
+
+
+def test_what_follows_the_losses_is_drawn_without_them(call):
+    out = call("show", *TINY, "schedule=plateau").out
+    assert "What follows the validation loss depends on the run; drawn as if that never stalled." in out
+    assert "follows the validation loss" not in call("show", *TINY, "schedule=step").out
+
+
+def test_the_curve_is_painted(call):
+    image = pytest.importorskip("matplotlib.image")
+    plain = call("show", *TINY, "--png", "plain.png")
+    assert (plain.code, plain.err) == (0, "") and "learning rate, schedule cosine" in plain.out
+    moving = call("show", "--json", "--png=moving.png", *TINY, *MOVING)
+    assert json.loads(moving.out)["schedule"]["known"]
+    pictures = [(plain.cwd / name).read_bytes() for name in ("plain.png", "moving.png")]
+    assert all(picture.startswith(b"\x89PNG\r\n") for picture in pictures)
+    assert pictures[0] != pictures[1]
+    assert image.imread(plain.cwd / "plain.png").shape[:2] == (675, 1200)
+
+
+def test_a_painted_curve_says_what_it_is(monkeypatch: pytest.MonkeyPatch, call):
+    figures = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, file, format: figures.append(self))
+    call("show", *TINY, *MOVING, "schedule.warmup=1 epoch", "optim.lr=0.25", "train.steps=50", "--png", "curve.png")
+    [left, right] = figures[0].axes
+    assert left.get_xlabel().splitlines()[0] == "optimizer step"
+    assert left.get_xlabel().splitlines()[1].startswith("The length of an epoch depends on the data")
+    assert (left.get_ylabel(), right.get_ylabel()) == ("learning rate", "multiplier")
+    [rate], [momentum] = left.lines, right.lines
+    assert list(rate.get_xdata()) == list(range(1, 51))
+    assert list(rate.get_ydata()) == [0.25 * constant(step, 50, warmup=5) for step in range(50)]
+    assert list(momentum.get_ydata()) == [linear(step, 50, warmup=0, floor=0.5) for step in range(50)]
+    assert momentum.get_label() == "momentum_schedule linear"
+
+
+def test_a_picture_that_cannot_be_made_says_why(call, monkeypatch: pytest.MonkeyPatch):
+    nowhere = call("show", *TINY, "--png", "nowhere/curve.png")
+    assert (nowhere.code, nowhere.out) == (2, "")
+    assert "nowhere/curve.png: cannot be written: No such file or directory" in nowhere.err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    without = call("show", *TINY, "--png", "curve.png")
+    assert (without.code, without.out) == (2, "")
+    assert "--png needs matplotlib: pip install 'llmtrain[plots]'" in without.err
+
+
 @pytest.mark.parametrize(
     ("length", "steps", "known"),
     [("train.epochs=2", 1000, False), ("train.minutes=3", 1000, False), ("train.tokens=10240", 40, True)],
@@ -118,7 +197,7 @@ def test_a_long_run_is_drawn_without_looking_at_each_step(call):
 
 def test_who_shrinks_is_told_where_optimizer_or_regularization_are_asked_about(call):
     told = asked(call, *TINY, "regularization=weight_decay")
-    groups, total = told["groups"], told["parameters"]["total"]
+    groups, total = {group["kind"]: group for group in told["groups"]}, told["parameters"]["total"]
     assert groups["shrink"]["parameters"] == 2 * 12 * 32 * 32
     assert groups["keep"]["parameters"] == total - 2 * 12 * 32 * 32
     assert "blocks.1.ffn.up.weight" in groups["shrink"]["names"]
@@ -127,6 +206,17 @@ def test_who_shrinks_is_told_where_optimizer_or_regularization_are_asked_about(c
     assert "blocks.*.ffn.up.weight" in out
     assert "On those that shrink acts regularization.weight_decay=0.1." in out
     assert "Nothing shrinks" in call("show", *TINY, "optim.lr=0.1").out
+
+
+def test_groups_of_their_own_rate_and_decay_are_told(call):
+    told = asked(call, *TINY, "params.layer_decay=0.5", "params.decay_scale={blocks.0:0.3}", "params.freeze=[norm]")["groups"]
+    scales = {name: (group["lr_scale"], group["decay"]) for group in told for name in group["names"]}
+    assert scales["embedding.tokens.weight"] == (0.125, 0)
+    assert scales["blocks.0.ffn.up.weight"] == scales["blocks.0.norm1.bias"] == (0.25, 0.3)
+    assert scales["blocks.1.ffn.up.weight"] == (0.5, 1)
+    assert "norm.weight" not in scales
+    out = call("show", *TINY, "params.layer_decay=0.5").out
+    assert "blocks.0.ffn.up.weight" in out and "x 0.125" in out
 
 
 def test_what_is_wrong_is_told_all_together(call):

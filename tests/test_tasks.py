@@ -1,17 +1,36 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import mean_absolute_error, mean_squared_error
+import yaml
+from runs import llmtrain
+from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error
 
-from llmtrain.knobs import ConfigError
-from llmtrain.tasks import blank_targets, causal_lm, classification, masked_lm, regression
+from llmtrain.build import Choice, choose, parts
+from llmtrain.data.rows import Rows, guess
+from llmtrain.knobs import ConfigError, UserError
+from llmtrain.run import counted
+from llmtrain.tasks import (
+    Task,
+    blank_targets,
+    causal_lm,
+    classification,
+    counts,
+    masked_lm,
+    multilabel,
+    probabilistic_regression,
+    regression,
+    with_baseline,
+)
 from llmtrain.tokenizer import bpe, byte, char
-from llmtrain.types import DataSpec
+from llmtrain.topics import option_values
+from llmtrain.types import Data, DataSpec, Setup
 
 TEXT = DataSpec(vocab=257, context=8)
 
@@ -178,13 +197,285 @@ def test_errors_of_numbers_equal_scikit_learns() -> None:
     assert blank_targets(task, DataSpec(shape=(2,), outputs=2), 3).shape == (3, 2)
 
 
+def measured(task: Task, outputs: Any, targets: Any) -> dict[str, float]:
+    """The metrics of outputs on targets as the data gives them."""
+    targets = np.asarray(targets)
+    _, asked, mask = task.vary(np.empty(0), targets, np.ones(len(targets), dtype=bool), [])
+    sums = task.score(torch.as_tensor(outputs, dtype=torch.float32), torch.from_numpy(asked)).double().sum(0).tolist()
+    return task.metrics(sums, int(mask.sum()), 0.0)
+
+
+NUMBERS = DataSpec(shape=(2,), outputs=2)
+NORMAL = torch.distributions.Normal
+
+
+def test_likelihood_and_coverage_of_numbers() -> None:
+    task = probabilistic_regression(NUMBERS, None)
+    assert task.asked(NUMBERS) == DataSpec(shape=(2,), outputs=4)
+    assert blank_targets(task, NUMBERS, 3).shape == (3, 2)
+    torch.manual_seed(0)
+    mean, deviation = torch.randn(4000, 2) * 3, torch.rand(4000, 2) + 0.5
+    targets = mean + deviation * torch.randn(4000, 2)
+    outputs = torch.cat((mean, 2 * deviation.log()), -1)
+    got = measured(task, outputs, targets.numpy())
+    assert got == {
+        "loss": pytest.approx(-NORMAL(mean, deviation).log_prob(targets).mean().item(), rel=1e-5),
+        "rmse": pytest.approx(math.sqrt(mean_squared_error(targets, mean)), rel=1e-5),
+        "mae": pytest.approx(mean_absolute_error(targets, mean), rel=1e-5),
+        "coverage": pytest.approx(0.9, abs=0.01),
+    }
+    assert task.words(got).endswith(f"90% interval holds {got['coverage']:.1%}")
+    edge = NORMAL(0.0, 2.0).icdf(torch.tensor(0.95)).item()
+    wide = [[0.0, 0.0, math.log(4), math.log(4)]]
+    assert measured(task, wide, np.array([[0.999 * edge, -1.001 * edge]], dtype=np.float32))["coverage"] == 0.5
+    assert measured(task, wide, np.array([[-0.999 * edge, 0.0]], dtype=np.float32))["coverage"] == 1.0
+
+
+def test_metrics_of_counts() -> None:
+    task = counts(NUMBERS, None)
+    assert task.asked(NUMBERS) == NUMBERS
+    torch.manual_seed(0)
+    rates = torch.rand(50, 2) * 5
+    targets = torch.poisson(rates)
+    assert measured(task, rates.log(), targets.numpy()) == {
+        "loss": pytest.approx(-torch.distributions.Poisson(rates).log_prob(targets).mean().item(), rel=1e-5),
+        "rmse": pytest.approx(math.sqrt(mean_squared_error(targets, rates)), rel=1e-5),
+        "mae": pytest.approx(mean_absolute_error(targets, rates), rel=1e-5),
+    }
+
+
+def test_answers_equal_scikit_learns() -> None:
+    task = multilabel(DataSpec(shape=(2,), outputs=4), None)
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(30, 4), torch.randint(0, 2, (30, 4)).float()
+    outputs[:, 3] = -1.0  # never said
+    said = (outputs > 0).numpy()
+    nats = torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets)
+    surest = targets[torch.arange(30), outputs.argmax(-1)]
+    got = measured(task, outputs, targets.numpy())
+    assert got == {
+        "loss": pytest.approx(nats.item(), rel=1e-5),
+        "accuracy": pytest.approx((said == targets.numpy()).mean()),
+        "top": pytest.approx(surest.mean().item()),
+        "f1": pytest.approx(f1_score(targets.numpy(), said, average="macro", zero_division=0)),
+    }
+    assert f"F1 {got['f1']:.3f}" in task.words(got)
+    targets[:, 3] = 0.0  # and never true
+    theirs = f1_score(targets.numpy(), said, average="macro", zero_division=0)
+    assert measured(task, outputs, targets.numpy())["f1"] == pytest.approx(theirs)
+
+
+def test_classes_become_a_question_each() -> None:
+    spec = DataSpec(shape=(2,), outputs=3)
+    task = multilabel(spec, None)
+    classes = np.array([2, 0, 1, 1])
+    _, answers, mask = task.vary(np.zeros((4, 2)), classes, np.ones(4, dtype=bool), [])
+    assert answers.dtype == np.float32 and answers.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 1, 0]]
+    assert mask.all() and task.asked(spec) == spec
+    outputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    top = measured(task, outputs, classes)["top"]
+    assert top == measured(classification(spec, None), outputs, classes)["accuracy"]
+    taken = np.array([[1.0, 0.0, 1.0]], dtype=np.float32)
+    assert task.vary(np.zeros((1, 2)), taken, np.ones(1, dtype=bool), [])[1] is taken
+
+
+# -- what a guess reaches -------------------------------------------------------------------------------------
+
+
+class Lazy:
+    """Samples that hold nothing."""
+
+    def __init__(self, targets: np.ndarray):
+        self._targets = targets
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def take(self, indices: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        chosen = np.asarray(indices)
+        return np.zeros((len(chosen), 2)), self._targets[chosen], np.ones(len(chosen), dtype=bool)
+
+
+def labelled(train: Any, val: Any, outputs: int, test: Any = None, kind: Any = Lazy) -> Data:
+    rows = [
+        None if t is None else kind(np.asarray(t)) if kind is Lazy else kind(np.zeros((len(t), 2)), np.asarray(t))
+        for t in (train, val, test)
+    ]
+    plain = guess(np.asarray(train), np.asarray(val), outputs)
+    spec = DataSpec(shape=(2,), outputs=outputs)
+    return Data(spec, rows[0], rows[1], None, "", "", {"about": ""}, plain, rows[2], plain)
+
+
+@pytest.mark.parametrize("kind", [Lazy, Rows])
+def test_the_guess_of_a_task_is_the_best_constant_answer(kind: Any) -> None:
+    draw = np.random.default_rng(0)
+    train, val, test = (draw.poisson([1.0, 4.0], (n, 2)).astype(np.float32) for n in (600, 40, 50))
+    answers = {
+        probabilistic_regression: [*train.mean(0), *np.log(train.var(0))],
+        counts: np.log(train.mean(0)),
+        multilabel: np.log((train.clip(0, 1).sum(0) + 1) / ((1 - train.clip(0, 1)).sum(0) + 1)),
+    }
+    for part, answer in answers.items():
+        sides = [side.clip(0, 1) if part is multilabel else side for side in (train, val, test)]
+        data = labelled(sides[0], sides[1], 2, sides[2], kind)
+        task = part(data.spec, None)
+        judged = with_baseline(data, task)
+        for (_, reached), side in zip((judged.baseline, judged.test_baseline or ("", {})), sides[1:], strict=True):
+            expected = measured(task, np.tile(answer, (len(side), 1)), side)
+            assert reached == {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
+        assert task.words(judged.baseline[1])
+        here = measured(task, np.tile(answer, (600, 1)), sides[0])["loss"]
+        for other in (0.9, 1.1):
+            assert measured(task, np.tile(np.multiply(answer, other), (600, 1)), sides[0])["loss"] > here
+
+
+def test_a_task_without_a_guess_leaves_that_of_the_data() -> None:
+    data = labelled([0, 1, 1], [1, 0], 2)
+    assert with_baseline(data, classification(data.spec, None)) is data
+    assert with_baseline(data, multilabel(data.spec, None)).test_baseline is None
+
+
+@pytest.mark.parametrize(
+    ("part", "targets"), [(counts, [[1.0], [-1.0]]), (counts, [[1.0], [0.5]]), (multilabel, [[0.0], [1.5]])]
+)
+def test_targets_that_a_task_cannot_ask_for_are_refused(part: Any, targets: Any) -> None:
+    data = labelled(np.array(targets), np.array(targets), 1)
+    with pytest.raises(UserError, match="the targets of this data are no"):
+        with_baseline(data, part(data.spec, None))
+
+
+# -- balanced losses ------------------------------------------------------------------------------------------
+
+
+def loss_of(name: str, **knobs: Any) -> Choice:
+    choice, misfits = choose("loss", {**option_values("loss", name), **knobs})
+    assert choice is not None and not misfits
+    return choice
+
+
+def test_balanced_counts_the_training_samples() -> None:
+    data = labelled([0, 0, 0, 0, 1, 1], [2, 2, 2], 3)
+    task = classification(data.spec, None)
+    assert counted(loss_of("cross_entropy", class_weights="balanced"), task, data).values["class_weights"] == [
+        0.75,
+        1.5,
+        0.0,
+    ]
+    assert counted(loss_of("focal", alpha="balanced"), task, data).values["alpha"] == [0.75, 1.5, 0.0]
+    questions = multilabel(data.spec, None)
+    assert counted(loss_of("bce", pos_weight="balanced"), questions, data).values["pos_weight"] == [0.5, 2.0, 1.0]
+    answers = labelled(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), np.zeros((2, 2)), 2)
+    weighed = counted(loss_of("bce", pos_weight="balanced"), multilabel(answers.spec, None), answers)
+    assert weighed.values["pos_weight"] == [0.5, 2.0]
+    plain = loss_of("cross_entropy")
+    assert counted(plain, task, data) is plain
+
+
+# -- from the command line ------------------------------------------------------------------------------------
+
+
+def visitors(setup: Setup) -> Data | DataSpec:
+    """Counts that follow from two numbers."""
+    spec = DataSpec(shape=(2,), outputs=1)
+    draw = np.random.default_rng(0)
+    inputs = draw.normal(size=(600, 2)).astype(np.float32)
+    targets = draw.poisson(np.exp(inputs.sum(1, keepdims=True) / 2 + 0.5)).astype(np.float32)
+    train, val = (Rows(inputs[side], targets[side]) for side in (slice(500), slice(500, 600)))
+    return spec if setup.dry else Data(spec, train, val, None, "x", "visitors", {"about": "visitors"}, ("", {}))
+
+
+def trained(place: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """What a short run leaves in `result.json`, and what it prints."""
+    (place / "conf" / "data").mkdir(parents=True, exist_ok=True)
+    (place / "conf" / "data" / "visitors.yaml").write_text("name: test_tasks:visitors\n")
+    given = [f"run.dir={place / 'runs'}", "train.threads=1", "log.tensorboard=false", "precision=fp32"]
+    own = ["--config-dir", str(place / "conf"), "--trust", "test_tasks"]
+    code, text = llmtrain(["train", *given, "run.name=x", *words, *own], place)
+    assert code == 0, text
+    return json.loads((place / "runs" / "x" / "result.json").read_text()), text
+
+
+LEARNED = {
+    "counts": ["model=linear", "data=visitors", "task=counts", "loss=poisson_nll"],
+    "probabilistic": [
+        *("model=linear", "data=diabetes", "eval.val_fraction=0.2"),
+        *("task=probabilistic_regression", "loss=gaussian_nll"),
+    ],
+    "laplace": ["model=linear", "data=visitors", "task=probabilistic_regression", "loss=laplace_nll"],
+    "multilabel": ["model=mlp", "data=digits", "task=multilabel", "loss=bce"],
+    "multilabel by focal": ["model=mlp", "data=digits", "task=multilabel", "loss=sigmoid_focal", "optim.lr=3e-3"],
+}
+
+
+@pytest.mark.parametrize("case", LEARNED)
+def test_each_new_question_is_learned_and_beats_the_guess(tmp_path: Path, case: str) -> None:
+    length = ["train.steps=150", "train.batch_size=32", "log.every=50", "eval.every=150", "optim.lr=1e-2"]
+    result, text = trained(tmp_path, *length, *LEARNED[case])
+    assert result["metrics"]["val_loss"] < 0.97 * result["baseline"]["loss"], text
+    assert result["baseline"].keys() - {"by"} == {k[4:] for k in result["metrics"] if k.startswith("val_")}
+    assert f"by guessing from {result['baseline']['by']}" in text
+
+
+def test_a_run_with_its_own_number_of_outputs_is_opened_again(tmp_path: Path) -> None:
+    words = ["train.steps=3", "model=linear", "data=diabetes", "task=probabilistic_regression", "loss=gaussian_nll"]
+    result, _ = trained(tmp_path, *words)
+    run = tmp_path / "runs" / "x"
+    code, text = llmtrain(["eval", f"run={run}"], tmp_path)
+    assert code == 0, text
+    told = json.loads((run / "eval.json").read_text())
+    assert told["val_loss"] == pytest.approx(result["metrics"]["val_loss"], rel=1e-6)
+    code, text = llmtrain(["export", f"run={run}", "format=safetensors", f"out={tmp_path / 'out'}"], tmp_path)
+    assert code == 0, text
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["data"]["outputs"] == 2
+    code, text = llmtrain(["show", *words], tmp_path)
+    assert code == 0 and "B x 2" in text, text
+
+
+def test_the_word_balanced_stays_in_the_config_of_a_run(tmp_path: Path) -> None:
+    result, _ = trained(tmp_path, "train.steps=30", "model=linear", "data=digits", "loss.class_weights=balanced")
+    assert result["metrics"]["val_loss"] < result["baseline"]["loss"]
+    config = yaml.safe_load((tmp_path / "runs" / "x" / "config.yaml").read_text())
+    assert config["loss"]["class_weights"] == "balanced"
+
+
+WRONG = {
+    "loss.name": [
+        (["data=diabetes", "task=probabilistic_regression", "loss=mse"], "means and log-variances, as gaussian_nll"),
+        (["data=diabetes", "task=regression", "loss=gaussian_nll"], "compares numbers, as mse and mae do"),
+        (["data=digits", "task=multilabel", "loss=cross_entropy"], "answers yes and no, as bce"),
+        (["data=digits", "loss=bce"], "compares classes, as cross_entropy does"),
+    ],
+    "loss.pos_weight": [
+        (["data=diabetes", "loss=bce", "loss.pos_weight=balanced"], "task=regression has none to count"),
+        (["data=digits", "task=multilabel", "loss=bce", "loss.pos_weight=[1,2]"], "each of the 10 outputs"),
+    ],
+    "loss.class_weights": [(["data=stdlib", "loss.class_weights=balanced"], "task=causal_lm has none to count")],
+    "loss.alpha": [(["data=stdlib", "loss=focal", "loss.alpha=balanced"], "task=causal_lm has none to count")],
+    "loss.output_weights": [(["data=diabetes", "loss.output_weights=[1,2]"], "each of the 1 outputs")],
+    "task.name": [(["data=stdlib", "task=multilabel", "loss=bce"], "this data has none")],
+}
+
+
+@pytest.mark.parametrize(("key", "words", "told"), [(key, *case) for key, cases in WRONG.items() for case in cases])
+def test_a_wrong_pair_is_one_misfit(tmp_path: Path, key: str, words: list[str], told: str) -> None:
+    model = [] if "data=stdlib" in words else ["model=linear"]
+    code, text = llmtrain(["train", f"run.dir={tmp_path / 'runs'}", *model, *words], tmp_path)
+    assert code == 2, text
+    assert text.count(" = ") == 1 and f"{key} = " in text and told in text
+    assert list(tmp_path.glob("runs*")) == []
+
+
+def test_every_task_is_tested_here() -> None:
+    assert set(parts("task")) <= set(globals())
+
+
 @pytest.mark.parametrize("part", [causal_lm, lambda spec, t: masked_lm(spec, t, **KNOBS)])
 def test_text_is_not_asked_of_labels(part: Any) -> None:
     with pytest.raises(ConfigError, match="asks for tokens of a text"):
         part(DataSpec(shape=(1, 8, 8), outputs=10), None)
 
 
-@pytest.mark.parametrize("part", [classification, regression])
+@pytest.mark.parametrize("part", [classification, regression, probabilistic_regression, counts, multilabel])
 def test_labels_are_not_asked_of_text(part: Any) -> None:
     with pytest.raises(ConfigError, match="this data has none"):
         part(TEXT, None)

@@ -43,7 +43,17 @@ NEEDS = {
     "task=masked_lm": ["model.causal=false"],
     "task=classification": ["model=mlp", "data=digits"],
     "task=regression": ["model=linear", "data=diabetes"],
-    **{f"loss={name}": ["model=linear", "data=diabetes"] for name in ("bce", "huber", "log_cosh", "mae", "mse")},
+    "task=probabilistic_regression": ["model=linear", "data=diabetes", "loss=gaussian_nll"],
+    "task=multilabel": ["model=mlp", "data=digits", "loss=bce"],
+    **{
+        f"loss={name}": ["model=linear", "data=diabetes"]
+        for name in ("bce", "huber", "log_cosh", "mae", "mse", "quantile")
+    },
+    **{
+        f"loss={name}": ["model=linear", "data=diabetes", "task=probabilistic_regression"]
+        for name in ("gaussian_nll", "laplace_nll")
+    },
+    "loss=sigmoid_focal": ["model=mlp", "data=digits", "task=multilabel"],
     "schedule=one_cycle": ["schedule.rise=2"],  # the last step after the peak hardly moves a weight
     "init=mup": ["model.tied_embeddings=false"],
     "model=textcnn": ["data=stdlib_modules"],
@@ -55,6 +65,8 @@ ELSEWHERE = {
     "model=resnet18": "takes larger images than come with the library: tests/test_convolutional.py",
     "model=hf": "takes a folder: tests/test_pretrained.py",
     "tokenizer=model": "goes with model=hf",
+    "task=counts": "takes data of counts: tests/test_tasks.py",
+    "loss=poisson_nll": "goes with task=counts",
 }
 
 

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from runs import llmtrain, steps, tiny, train, write_text
+
+from llmtrain.build import SCHEDULES
 
 SETTINGS = ["train.steps=12", "checkpoint.every=4", "checkpoint.keep=9", "eval.every=4", "eval.batches=null"]
 PROMPT = ["sample.prompt='the '", "sample.tokens=40", "sample.seed=3", "sample.temperature=1.3"]
@@ -230,6 +233,10 @@ def test_a_run_of_before_a_knob_was_there_still_opens(run: Path, place: Path) ->
     config = (old / "config.yaml").read_text()
     assert "  z_loss: 0.0\n" in config and "  qk_norm: false\n" in config
     (old / "config.yaml").write_text(config.replace("  z_loss: 0.0\n", "").replace("  qk_norm: false\n", ""))
+    assert evaluated(old, place)["val_loss"] == evaluated(run, place)["val_loss"]
+    before = yaml.safe_load((old / "config.yaml").read_text())
+    kept = {k: v for k, v in before.items() if k not in SCHEDULES[1:]}
+    (old / "config.yaml").write_text(yaml.safe_dump(kept, sort_keys=False))
     assert evaluated(old, place)["val_loss"] == evaluated(run, place)["val_loss"]
     (old / "overrides.yaml").unlink()
     code, text = llmtrain(["eval", f"run={old}", "device=cpu"], place)

@@ -19,9 +19,10 @@ from llmtrain.init import gpt2
 from llmtrain.loop import Job, Length
 from llmtrain.losses import cross_entropy
 from llmtrain.models.transformer import Transformer, transformer
-from llmtrain.optim.groups import param_groups, weights_of
+from llmtrain.optim.groups import param_groups
+from llmtrain.pace import Pace, remember
 from llmtrain.precision import fp32
-from llmtrain.regularization import shrinkage
+from llmtrain.regularization.combined import combined
 from llmtrain.run import summed
 from llmtrain.schedules import constant
 from llmtrain.topics import option_values
@@ -71,6 +72,8 @@ def make_train(**given: Any) -> Train:
         "batch_size": 4,
         "accumulate": 1,
         "grad_clip": None,
+        "clip_by": "norm",
+        "head_chunk": None,
         "compile": "off",
         "seed": 5,
         "device": "cpu",
@@ -102,10 +105,8 @@ def make_state(
     """Model and optimizer (plain gradient descent unless another is given) as `run` makes them."""
     groups = param_groups(model)
     made = optimizer(groups) if optimizer is not None else torch.optim.SGD(groups, lr=0.1)
-    for group in made.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     device = next(model.parameters()).device
-    return TrainState(model, made, (precision or fp32(device)).scaler)
+    return TrainState(model, remember(made), (precision or fp32(device)).scaler)
 
 
 def make_job(
@@ -116,12 +117,17 @@ def make_job(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     precision: Any = None,
     regularization: dict[str, Any] | None = None,
+    schedule: Callable[[int, int], float] = partial(constant, warmup=0.0),
     **given: Any,
 ) -> Job:
     """A job over the windows; anything in it can be given instead."""
     device = next(state.model.parameters()).device
-    length = Length(train, len(windows), windows.context)
-    shrink = {"l1": 0.0, "l1_step": "subgradient", "l2": 0.0, "weight_decay": 0.0} | (regularization or {})
+    pace = given.pop("pace", None) or Pace(lambda step, steps, losses: schedule(step, steps))
+    length = Length(train, len(windows), windows.context, pace)
+    regularizer = combined(
+        state.model, param_groups(state.model), **preset("none", "regularization") | (regularization or {})
+    )
+    state.average = regularizer.average
     plain: dict[str, Any] = {
         "loader": Loader(
             windows,
@@ -138,15 +144,16 @@ def make_job(
         "evaluate": lambda: {"val_loss": 1.0},
         "save": lambda state: None,
         "watcher": Recorder(),
-        "regularizer": shrinkage(weights_of(param_groups(state.model)), **shrink),
-        "schedule": partial(constant, warmup=0.0),
+        "regularizer": regularizer,
+        "pace": pace,
         "precision": precision or fp32(device),
         "length": length,
         "grad_clip": train.grad_clip,
+        "clip_by": train.clip_by,
         "log_every": 1,
         "eval_every": 10**9,
         "save_every": None,
         "save_best": False,
-        "amount_per_step": train.batch_size * windows.context,
+        "amount_per_sample": windows.context,
     }
     return Job(**(plain | given))

@@ -7,20 +7,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llmtrain.types import Batch, Samples
+from llmtrain.types import Augment, Batch, Samples
 
 
 class Step(NamedTuple):
     """What one optimizer step learns from.
 
     Attributes:
-        micro: The micro-batches, on the device.
+        micro: The micro-batches, each a `Batch` or a `Mixed`, on the device.
         targets: Targets that count in this process, a host number: knowing it waits for nothing.
+        samples: Samples in the step, over all processes.
     """
 
-    micro: list[Batch]
+    micro: list[tuple[Tensor, ...]]
     targets: int
+    samples: int
 
 
 class Loader:
@@ -35,6 +38,7 @@ class Loader:
         limit: Samples after which all is masked out; shapes stay the same to the end. None is no limit.
         vary: Makes the question of the samples and a key (seed, epoch, index) for each; None takes them as they
             are.
+        augment: Varies the samples on the device, by the same keys; None leaves them.
         rank: This process's number.
         world: Number of processes.
     """
@@ -49,12 +53,13 @@ class Loader:
         device: torch.device,
         limit: int | None = None,
         vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
+        augment: Augment | None = None,
         rank: int = 0,
         world: int = 1,
     ):
         self.samples, self.batch_size, self.accumulate = samples, batch_size, accumulate
         self.seed, self.device, self.limit = seed, device, limit
-        self.vary, self.rank, self.world = vary, rank, world
+        self.vary, self.augment, self.rank, self.world = vary, augment, rank, world
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def sample(self, position: int) -> int:
@@ -69,21 +74,29 @@ class Loader:
             self._permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
         return self.seed, epoch, int(self._permutation[index])
 
-    def step(self, number: int) -> Step:
-        """The batch of a number (0 is the first), its copy to the device under way."""
-        share = self.batch_size // self.world
-        first = number * self.batch_size + self.rank * share
-        positions = range(first, first + share)
+    def step(self, first: int, pieces: int | None = None) -> Step:
+        """The batch that begins at a position of the stream, its copy to the device under way.
+
+        Args:
+            first: Samples that came before it.
+            pieces: Micro-batches in it; None makes them as many as there are in a whole batch.
+        """
+        size = self.batch_size // (self.accumulate * self.world)
+        share = size * (pieces or self.accumulate)
+        begin = first + self.rank * share
+        positions = range(begin, begin + share + (self.augment.partners if self.augment is not None else 0))
         keys = [self.key(p) for p in positions]
         inputs, targets, mask = self.samples.take([index for _, _, index in keys])
         if self.vary is not None:
             inputs, targets, mask = self.vary(inputs, targets, mask, keys)
         if self.limit is not None:
             mask[[p >= self.limit for p in positions]] = False
-        batch = to_device(inputs, targets, mask, self.device)
-        size = share // self.accumulate
-        micro = [Batch(*(t[i : i + size] for t in batch)) for i in range(0, share, size)]
-        return Step(micro, int(mask.sum()))
+        whole: tuple[Tensor, ...] = to_device(inputs, targets, mask, self.device)
+        if self.augment is not None:
+            whole = self.augment(Batch(*whole), keys)
+        kind = type(whole)
+        micro = [kind(*(t[i : i + size] for t in whole)) for i in range(0, share, size)]
+        return Step(micro, int(mask[:share].sum()), share * self.world)
 
 
 def to_device(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, device: torch.device) -> Batch:

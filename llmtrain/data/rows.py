@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmtrain.types import Samples
+
 
 class Rows:
     """Samples held in memory: inputs (N, *shape) numbers or tokens; targets (N,) int64 classes or (N, n) float32."""
@@ -21,6 +23,14 @@ class Rows:
         """Inputs and targets of the named samples, and a mask (B,) that leaves none out."""
         chosen = np.asarray(indices)
         return self.inputs[chosen], self.targets[chosen], np.ones(len(chosen), dtype=bool)
+
+
+def targets_of(samples: Samples) -> np.ndarray:
+    """All targets of labelled samples: as they are held, or taken some at a time."""
+    if isinstance(samples, Rows):
+        return samples.targets
+    starts = range(0, len(samples), 256)
+    return np.concatenate([samples.take(range(i, min(i + 256, len(samples))))[1] for i in starts])
 
 
 def guess(train: np.ndarray, val: np.ndarray, outputs: int) -> tuple[str, dict[str, float]]:

@@ -517,6 +517,13 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
         """Tokens (B, T) -> logits (B, T, vocab) or (B, outputs); with caches, tokens come after what those hold."""
+        x = self.features(tokens, caches)
+        if isinstance(self.output, TokenHead):
+            return self.output(x, self.embedding.tokens.weight)
+        return self.output(x, tokens)
+
+    def features(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """Tokens (B, T) -> what the output layer is given, (B, T, C)."""
         start = caches[0].length if caches else 0
         end = start + tokens.size(1)
         rotary = (self.cos[start:end], self.sin[start:end]) if self.rotates else None
@@ -524,10 +531,15 @@ class Transformer(nn.Module):
         x = self.embedding(tokens, start)
         for i, block in enumerate(self.blocks):
             x = block(x, view, caches[i] if caches else None)
-        x = self.norm(x)
-        if isinstance(self.output, TokenHead):
-            return self.output(x, self.embedding.tokens.weight)
-        return self.output(x, tokens)
+        return self.norm(x)
+
+    @property
+    def token_head(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+        """The output layer and what it shares with the rest, if it takes each token alone: head(features, *shared)."""
+        mixes = any(isinstance(module, nn.modules.batchnorm._NormBase) for module in self.output.modules())
+        if mixes or not isinstance(self.output, TokenHead):
+            return None
+        return self.output, (self.embedding.tokens.weight,)
 
     def make_caches(self, batch: int) -> list[Cache]:
         """An empty cache for each layer, for generating up to `context` tokens one at a time."""

@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from llmtrain.knobs import ConfigError, Misfit
-
-ParamGroups = list[dict[str, Any]]
+from llmtrain.types import ParamGroups as ParamGroups
 
 
 def param_groups(
     model: nn.Module,
     *,
-    lr: Mapping[str, float] | None = None,
-    decay: Mapping[str, float] | None = None,
+    lr_scale: Mapping[str, float] | None = None,
+    decay_scale: Mapping[str, float] | None = None,
     layer_decay: float = 1.0,
     freeze: Sequence[str] = (),
 ) -> ParamGroups:
@@ -29,8 +28,8 @@ def param_groups(
 
     Args:
         model: Whose parameters. Those that are frozen stop requiring gradients.
-        lr: Multiplier of the learning rate for parameters whose name fits a glob; the last match counts.
-        decay: The same for weight decay, L1 and L2, which otherwise act on all that shrinks, with 1.
+        lr_scale: Multiplier of the learning rate for parameters whose name fits a glob; the last match counts.
+        decay_scale: The same for weight decay, L1 and L2, which otherwise act on all that shrinks, with 1.
         layer_decay: The rate of each block over that of the block after it.
         freeze: Globs over the names of parameters that are not trained.
 
@@ -41,7 +40,7 @@ def param_groups(
     Raises:
         ConfigError: If a glob fits no parameter, nothing is left to train, or there are no blocks to go by.
     """
-    _check(model, {"lr": lr or {}, "decay": decay or {}, "freeze": freeze}, layer_decay)
+    _check(model, {"lr_scale": lr_scale or {}, "decay_scale": decay_scale or {}, "freeze": freeze}, layer_decay)
     depths = _depths(model) if layer_decay != 1 else {}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
@@ -52,8 +51,8 @@ def param_groups(
             shrinks = parameter.dim() >= 2 and id(parameter) not in embeddings
             if not parameter.requires_grad or shrinks != (kind == "shrink"):
                 continue
-            scale = _last_match(lr or {}, name, 1.0) * layer_decay ** depths.get(id(parameter), 0)
-            share = _last_match(decay or {}, name, 1.0 if shrinks else 0.0)
+            scale = _last_match(lr_scale or {}, name, 1.0) * layer_decay ** depths.get(id(parameter), 0)
+            share = _last_match(decay_scale or {}, name, 1.0 if shrinks else 0.0)
             new = {"kind": kind, "lr_scale": scale, "decay": share, "params": [], "names": []}
             group = groups.setdefault((kind, scale, share), new)
             group["params"].append(parameter)
@@ -66,18 +65,13 @@ def decaying(params: ParamGroups, weight_decay: float) -> ParamGroups:
     return [group | {"weight_decay": weight_decay * group["decay"]} for group in params]
 
 
-def weights_of(groups: ParamGroups) -> list[Tensor]:
-    """The parameters that shrink."""
-    return [p for group in groups if group["decay"] for p in group["params"]]
-
-
 def fused(groups: ParamGroups) -> bool:  # not `params`: what takes those alone is an optimizer
     """Whether torch's one-kernel update can take these parameters."""
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
 
 
 def _last_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    return next((value for glob, value in reversed(patterns.items()) if _fits(glob, name)), otherwise)
+    return next((value for glob, value in reversed([*patterns.items()]) if _fits(glob, name)), otherwise)
 
 
 def _fits(glob: str, name: str) -> bool:

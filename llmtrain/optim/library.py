@@ -12,13 +12,20 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.optim import Optimizer
 
-from llmtrain.knobs import ConfigError, Misfit, NonNegative, Positive, UserError, nearest, require
+from llmtrain.knobs import ConfigError, Misfit, NonNegative, Positive, nearest
 from llmtrain.optim.groups import ParamGroups, decaying
 
 _GIVEN = ("params", "lr", "weight_decay")
 """What is no entry of `knobs`, for it has its own place."""
 _MARK = "group."
 """Before the names of running values that stand for a whole group."""
+_OURS = {
+    "ScheduleFreeAdamW": "schedule_free_adamw",
+    "ScheduleFreeRAdam": "schedule_free_adamw",
+    "ScheduleFreeSGD": "schedule_free_sgd",
+    "SOAP": "soap",
+}
+"""Parts of our own that do what a class does that is refused."""
 
 
 def library(params: ParamGroups, *, optimizer: str, lr: Positive, weight_decay: NonNegative, knobs: dict) -> Optimizer:
@@ -45,7 +52,8 @@ def library(params: ParamGroups, *, optimizer: str, lr: Positive, weight_decay: 
     arguments = _arguments(kind, knobs, weight_decay)
     if any(p.is_meta for group in params for p in group["params"]):  # a check of the config, not yet a run
         refusal = _refusal(kind, arguments | {"lr": lr})
-        require(optimizer=(refusal is None, optimizer, f"cannot be taken: {refusal}"))
+        if refusal is not None:
+            raise ConfigError([_refused(optimizer, refusal)])
     if "weight_decay" in inspect.signature(kind).parameters:
         params = decaying(params, weight_decay)
     return _with_group_values(kind(params, lr=lr, **arguments))
@@ -111,25 +119,24 @@ def _with_group_values(optimizer: Optimizer) -> Optimizer:
     """Keeps what an optimizer counts for a whole group among its first weight's running values, to be saved.
 
     The library keeps the number of steps, and more, in its groups, where settings are; a checkpoint holds the running
-    values of parameters alone. The class is kept too: running values of one are nothing to another.
+    values of parameters alone. What counts is what steps change: schedules change settings between them.
     """
-    name = type(optimizer).__name__
-    settings = [dict(group) for group in optimizer.param_groups]
+    moved: list[set[str]] = [set() for _ in optimizer.param_groups]
+    before: list[dict[str, Any]] = []
 
     def take(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for key, value in _first(optimizer, group).items():
-                if key == f"{_MARK}optimizer" and value != name:
-                    raise UserError(f"the running values are those of {value}, not of {name}")
-                if key.startswith(_MARK):
-                    group[key.removeprefix(_MARK)] = _own(value)
+        for group, names in zip(optimizer.param_groups, moved, strict=True):
+            kept = {key: value for key, value in _first(optimizer, group).items() if key.startswith(_MARK)}
+            group |= {key.removeprefix(_MARK): _own(value) for key, value in kept.items()}
+            names |= {key.removeprefix(_MARK) for key in kept}
+        before[:] = [_settings(group) for group in optimizer.param_groups]
 
     def keep(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group, start in zip(optimizer.param_groups, settings, strict=True):
+        for group, names, old in zip(optimizer.param_groups, moved, before, strict=True):
+            names |= {key for key, value in _settings(group).items() if not _same(value, old.get(key))}
             values = _first(optimizer, group)
             if values:
-                values[f"{_MARK}optimizer"] = name
-                values |= {f"{_MARK}{key}": _own(group[key]) for key in _moved(group, start)}
+                values |= {f"{_MARK}{key}": _own(group[key]) for key in names}
 
     optimizer.register_step_pre_hook(take)
     optimizer.register_step_post_hook(keep)
@@ -141,10 +148,9 @@ def _first(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     return next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), {})
 
 
-def _moved(group: dict[str, Any], start: dict[str, Any]) -> list[str]:
-    """What steps have changed in a group; its rate is the loop's."""
-    given = ("params", "lr", "initial_lr")
-    return [key for key, value in group.items() if key not in given and not _same(value, start.get(key))]
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What a step may change in a group; its rate is the run's."""
+    return {key: _own(value) for key, value in group.items() if key not in ("params", "lr", "peak")}
 
 
 def _own(value: Any) -> Any:
@@ -156,6 +162,11 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     return type(one) is type(other) and one == other
+
+
+def _refused(name: str, refusal: str) -> Misfit:
+    instead = f"; use optim={_OURS[name]}" if name in _OURS else ""
+    return Misfit("optimizer", name, f"cannot be taken: {refusal}{instead}")
 
 
 def _refusal(kind: type[Optimizer], arguments: dict[str, Any]) -> str | None:

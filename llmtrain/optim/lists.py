@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -20,3 +21,18 @@ def lists(optimizer: Optimizer, group: dict[str, Any], *slots: str) -> tuple[lis
             if slot not in optimizer.state[p]:
                 optimizer.state[p][slot] = torch.zeros_like(p)
     return weights, [p.grad for p in weights], *([optimizer.state[p][slot] for p in weights] for slot in slots)
+
+
+def count(optimizer: Optimizer, weights: list[Tensor]) -> list[int]:
+    """How many steps each weight has taken, this one among them."""
+    for p in weights:
+        optimizer.state[p]["step"] = optimizer.state[p].get("step", 0) + 1
+    return [optimizer.state[p]["step"] for p in weights]
+
+
+def alike(keys: Iterable[Hashable]) -> list[list[int]]:
+    """The positions of keys that are equal, in the order in which they first come."""
+    places: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        places.setdefault(key, []).append(i)
+    return list(places.values())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from llmtrain.knobs import Count, Fraction, Positive, require
 from llmtrain.optim.groups import ParamGroups, fused
+from llmtrain.optim.lists import alike, lists
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of a Newton-Schulz iteration: steep at 0, and around 1 from there on (Jordan et al. 2024)."""
 
 
 def muon(
@@ -61,7 +67,7 @@ def muon(
     made: list[Optimizer] = []
     if matrices:
         settings: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "eps": ns_eps}
-        made.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn=adjust_lr, **settings))
+        made.append(Muon(matrices, {"lr": lr, "adjust_lr": adjust_lr} | settings))
     if rest:
         made.append(torch.optim.Adam(rest, lr=adam_lr, betas=(beta1, beta2), eps=eps, fused=fused(rest)))
     return MuonWithAdam(made)
@@ -76,6 +82,45 @@ def _only(params: ParamGroups, *, matrices: bool) -> ParamGroups:
         if chosen:
             kept.append(group | {key: [group[key][i] for i in chosen] for key in ("params", "names")})
     return kept
+
+
+class Muon(Optimizer):
+    """torch's Muon without weight decay, for groups of matrices; those of one shape are orthogonalized together."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Moves the weights by one step."""
+        for group in self.param_groups:
+            weights, grads, moments = lists(self, group, "momentum_buffer")
+            if not weights:
+                continue
+            torch._foreach_lerp_(moments, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, moments, group["momentum"]) if group["nesterov"] else moments
+            for places in alike(p.shape for p in weights):
+                turned = _orthogonal([updates[i] for i in places], group["ns_steps"], group["eps"])
+                rate = group["lr"] * _factor(weights[places[0]], group["adjust_lr"])
+                torch._foreach_add_([weights[i] for i in places], turned, alpha=-rate)
+
+
+def _orthogonal(matrices: list[Tensor], steps: int, eps: float) -> list[Tensor]:
+    """U S V^T with singular values around 1 for each of the matrices (rows, columns), of their type.
+
+    Newton-Schulz iterations in bfloat16 on the smaller side.
+    """
+    first, second, third = _QUINTIC
+    tall = matrices[0].size(0) > matrices[0].size(1)
+    x = torch.stack([(matrix.mT if tall else matrix).bfloat16() for matrix in matrices])
+    x.div_(x.norm(dim=(1, 2), keepdim=True).clamp(min=eps))
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), x, beta=first)
+    return list((x.mT if tall else x).to(matrices[0].dtype).unbind())
+
+
+def _factor(matrix: Tensor, adjust_lr: str) -> float:
+    """What lr is multiplied by for a matrix."""
+    rows, columns = matrix.shape
+    return sqrt(max(1, rows / columns)) if adjust_lr == "original" else 0.2 * sqrt(max(rows, columns))
 
 
 class MuonWithAdam(Optimizer):

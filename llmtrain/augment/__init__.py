@@ -1,0 +1,1 @@
+"""How training samples are varied (config group `augment`); what is measured on held-out data never is."""

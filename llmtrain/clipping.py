@@ -1,0 +1,52 @@
+"""What keeps one bad batch from throwing the weights far: gradients are cut before the update (`train.grad_clip`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_LEAST = 1e-3
+"""Norm that a unit's weights are taken to have at least, so that those that begin at 0 can move."""
+
+
+@torch.no_grad()
+def clip(parameters: Sequence[Tensor], by: Literal["norm", "value", "adaptive"], limit: float, norm: Tensor) -> Tensor:
+    """Cuts gradients in place; nothing waits for the device.
+
+    Args:
+        parameters: Those that have a gradient.
+        by: norm: the whole gradient is scaled down to the norm `limit` (Pascanu et al. 2013, arXiv:1211.5063).
+            value: each number is cut to -limit..limit. adaptive: the gradient of each unit (a row of a matrix, a
+            channel's kernel, a bias) is scaled down to `limit` times the norm of its weights (Brock et al. 2021,
+            arXiv:2102.06171).
+        limit: See there.
+        norm: Of the whole gradient.
+
+    Returns:
+        What share was cut, a scalar: of this one step 0 or 1, of the numbers, or of the units.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if by == "norm":
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return (norm > limit).float()
+    if by == "value":
+        cut = torch.stack([(g.abs() > limit).sum() for g in grads]).sum()
+        torch._foreach_clamp_min_(grads, -limit)
+        torch._foreach_clamp_max_(grads, limit)
+        return cut / sum(g.numel() for g in grads)
+    most = [limit * _units(p).clamp_min(_LEAST) for p in parameters]
+    sizes = [_units(g) for g in grads]
+    factors = [(m / s.clamp_min(torch.finfo(s.dtype).tiny)).clamp_max(1.0) for m, s in zip(most, sizes, strict=True)]
+    torch._foreach_mul_(grads, factors)
+    cut = torch.stack([(s > m).sum() for m, s in zip(most, sizes, strict=True)]).sum()
+    return cut / sum(s.numel() for s in sizes)
+
+
+def _units(tensor: Tensor) -> Tensor:
+    """The norm of each unit, in a shape that the tensor can be multiplied by."""
+    if tensor.dim() < 2:
+        return tensor.norm()
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)

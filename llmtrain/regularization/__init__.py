@@ -1,0 +1,1 @@
+"""What keeps a model from fitting its data too closely (config group `regularization`)."""
