@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-gpu check format docs bench picture clean
+.PHONY: help install train test test-all test-gpu check format docs bench effects picture clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench: $(VENV)/.ready-dev ## measure the overhead of the loop and the speed besi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/peers.py
+
+effects: $(VENV)/.ready-dev ## measure what each knob does, as far as that is new, and write docs/knob-effects.md
+	$(BIN)/python benchmarks/knob_effects.py
 
 clean: ## remove the environment and what tools leave behind
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist build *.egg-info

@@ -44,6 +44,7 @@ class TrainState:
         best: Step and metrics of the best evaluation; empty before the first.
         last: The metrics of the newest evaluation.
         losses: The validation loss of every evaluation: the clock of schedules that go by it.
+        costs: What each evaluation was worth, less is better, by what was monitored: see `metrics.Goal`.
         average: Gives an average for each live tensor that is judged and used in its place, if there is one.
         masters: The float32 copies of bfloat16 weights, if those are what is trained.
         pending: Loss, gradient norm and clipped share (3,) of each step since the last line of the log.
@@ -59,6 +60,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    costs: dict[str, list[float]] = field(default_factory=dict)
     average: Callable[[], Mapping[Tensor, Tensor]] | None = None
     masters: Masters | None = None
     pending: list[Tensor] = field(default_factory=list)
@@ -73,7 +75,7 @@ class TrainState:
         return self.masters.named if self.masters is not None else dict(self.model.named_parameters())
 
 
-_COUNTERS = ("step", "samples", "skipped", "seconds", "best", "last", "losses")
+_COUNTERS = ("step", "samples", "skipped", "seconds", "best", "last", "losses", "costs")
 _FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 _AVERAGE, _RESTS = "average.safetensors", "rests.safetensors"
 _FORMAT = 2
@@ -164,7 +166,8 @@ def restore(path: Path, state: TrainState) -> dict[str, Any]:
         slots.setdefault(by_name[name], {}).update(values)
     _place_on_fused(state.optimizer, slots)
     for name in _COUNTERS:
-        setattr(state, name, record[name])
+        if name in record:  # a checkpoint may be of before a counter was there
+            setattr(state, name, record[name])
     device = next(state.model.parameters()).device
     state.pending = [torch.tensor(p, device=device) for p in record["pending"]]
     if record["scaler"]:
@@ -381,13 +384,14 @@ def _rotate(folder: Path, keep: int, best: int) -> None:
 
 def _best_of(found: list[Path], step: int | None) -> Path | None:
     """The checkpoint of the best evaluation; where that was not saved, the best judged of those that were."""
-    losses = {}
+    costs: dict[Path, float] = {}
     for path in found:
         if _step(path) == step:
             return path
         with contextlib.suppress(OSError, ValueError, KeyError):
-            losses[path] = json.loads((path / "state.json").read_text())["last"]["val_loss"]
-    return min(losses, key=lambda path: losses[path], default=None)
+            record = json.loads((path / "state.json").read_text())
+            costs |= {path: known[-1] for known in record["costs"].values() if known}
+    return min(costs, key=lambda path: costs[path], default=None)
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Le
 
 from llmtrain.build import GROUPS, Choice, choose, validate
-from llmtrain.knobs import ConfigError, Count, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
+from llmtrain.knobs import ConfigError, Count, Fraction, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,42 @@ class Eval:
             coarser curve, a later best checkpoint. Lower: finer curve, more time spent.
         batches: Batches per evaluation, spread evenly over the held-out data, always the same ones. Raise:
             a surer number, slower. Lower: noisier, faster. null takes all of the held-out data.
-        val_fraction: Share of the data that is held out. Raise: a surer estimate, less to learn from. Lower:
-            more to learn from, a noisier estimate.
+        metrics: Metrics to measure, beside the loss: eval.metrics=[accuracy,f1_macro,roc_auc]. Each task has its own,
+            and a wrong name lists them. roc_auc and pr_auc keep every probability, others only sums. null measures
+            the usual ones of the task.
+        monitor: The metric that says which evaluation is the best one, whose checkpoint is kept; it is measured too.
+        mode: auto: lower is better for losses and errors, higher for shares and areas. min: lower is better. max:
+            higher is better.
+        patience: Evaluations in a row without improvement of `monitor` after which the run ends; schedules go on as
+            if it did not. Raise: waits longer, and noise ends nothing. Lower: ends sooner. null goes to the end.
+        min_delta: What `monitor` must be better by to count as an improvement, in its own units. Raise: small gains
+            no longer count, so patience ends sooner. Lower: smaller gains count; 0 takes any.
+        val_fraction: Share of the data, the test aside, that is held out. Raise: a surer estimate, less to learn
+            from. Lower: more to learn from, a noisier estimate.
+        test_fraction: Share of the samples that is kept for one test after training. Raise: a surer test, less to
+            learn from. Lower: more to learn from. null keeps 0.2 of samples with labels, and none of a text.
+        split_seed: Start of the draw of who is held out, apart from `train.seed`: the same samples in every run. Raise
+            or lower: another draw.
+        stratify: true: each side gets its share of each class. false: the draw does not look at classes.
+        folds: Parts of equal size that the data, the test aside, is cut into for cross-validation; one of them is
+            held out in the place of `val_fraction`. Raise: more to learn from, more runs to make. Lower: fewer runs.
+            null: no folds.
+        fold: The fold that is held out; the first is 0. Raise or lower: another one. null: no folds.
     """
 
     every: Count
     batches: Count | None
+    metrics: list[str] | None
+    monitor: str
+    mode: Literal["auto", "min", "max"]
+    patience: Count | None
+    min_delta: NonNegative
     val_fraction: Portion
+    test_fraction: Fraction | None
+    split_seed: Natural
+    stratify: bool
+    folds: Annotated[int, Ge(2)] | None
+    fold: Natural | None
 
 
 @dataclass(frozen=True)
@@ -132,10 +161,10 @@ class Checkpoint:
         every: Optimizer steps between checkpoints; there is always one at the end. Raise: less writing, more
             work lost when a run is killed. Lower: less lost, more writing. null saves only at the end and
             when a signal asks.
-        keep: Newest checkpoints that stay; the best by validation loss stays as well. Raise: more disk, more
+        keep: Newest checkpoints that stay; the best by eval.monitor stays as well. Raise: more disk, more
             to fall back on. Lower: less disk.
-        best: true: saves whenever the validation loss is the lowest so far. false: the best of those that
-            were saved anyway is kept.
+        best: true: saves whenever an evaluation is the best so far. false: the best of those that were saved
+            anyway is kept.
     """
 
     every: Count | None
@@ -188,12 +217,13 @@ class Evaluation:
 
     Args:
         run: A run's folder, or one of its checkpoints.
-        checkpoint: best: the lowest validation loss. last: the newest. A number: that step.
+        checkpoint: best: the best by eval.monitor. last: the newest. A number: that step.
         batches: Batches to judge by, spread evenly over the held-out data. Raise: a surer number, slower.
             Lower: noisier, faster. null takes all of the held-out data.
         batch_size: Samples per forward pass. Raise: faster on a GPU, more memory. Lower: less memory. null
             takes that of training.
         split: val: the samples held out for validation. test: those kept for the test, where there are any.
+        metrics: Metrics to measure, as eval.metrics of training. null measures those of the run.
         device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
     """
 
@@ -202,6 +232,7 @@ class Evaluation:
     batches: Count | None
     batch_size: Count | None
     split: Literal["val", "test"]
+    metrics: list[str] | None
     device: Literal["auto", "cpu", "cuda"]
 
 
@@ -211,7 +242,7 @@ class Generation(Sample):
 
     Args:
         run: A run's folder, or one of its checkpoints.
-        checkpoint: best: the lowest validation loss. last: the newest. A number: that step.
+        checkpoint: best: the best by eval.monitor. last: the newest. A number: that step.
         stream: true: shows each piece of text as it is made. false: shows the whole at the end.
         device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
     """
@@ -228,7 +259,7 @@ class Export:
 
     Args:
         run: A run's folder, or one of its checkpoints.
-        checkpoint: best: the lowest validation loss. last: the newest. A number: that step.
+        checkpoint: best: the best by eval.monitor. last: the newest. A number: that step.
         format: hf: what transformers loads: config.json, model.safetensors and the tokenizer. safetensors: weights
             by our own names, and the knobs as JSON. onnx: a graph for ONNX runtimes. torch: a program for
             torch.export.load.
@@ -348,6 +379,8 @@ def read(given: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[RunConfig
         misfits += wrong
     if checked["train"] is not None:
         misfits += _lengths(given["train"])
+    if checked["eval"] is not None:
+        misfits += _folds(checked["eval"])
     return RunConfig(**checked), [_elsewhere(misfit, checked) for misfit in misfits]
 
 
@@ -393,6 +426,16 @@ def _lengths(train: Mapping[str, Any]) -> list[Misfit]:
     told = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
     rule = "a run has exactly one length; give one of " + ", ".join(f"train.{name}" for name in LENGTHS)
     return [Misfit("train", told, rule)]
+
+
+def _folds(section: Eval) -> list[Misfit]:
+    """A fold is one of so many."""
+    fold, folds = section.fold, section.folds
+    if (fold is None) != (folds is None):
+        return [Misfit("eval.fold", fold, "goes with eval.folds: a fold is one of so many")]
+    if fold is not None and folds is not None and fold >= folds:
+        return [Misfit("eval.fold", fold, f"must be below eval.folds ({folds}): the first fold is 0", str(folds - 1))]
+    return []
 
 
 def _unknown(key: str, value: Any, given: Mapping[str, Any]) -> Misfit:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ from llmtrain.clipping import clip
 from llmtrain.config import Train
 from llmtrain.data.loader import Loader, Step
 from llmtrain.distributed import total, total_count
+from llmtrain.metrics import Goal
 from llmtrain.pace import Moment, Pace
 from llmtrain.precision import Precision
 from llmtrain.regularization.average import in_place_of
 from llmtrain.regularization.regularizer import Regularizer
-
 
 _EXACT = 20_000
 """Steps up to which the sizes of all batches are added up."""
@@ -61,6 +61,7 @@ class Job:
         eval_every: Steps between evaluations.
         save_every: Steps between checkpoints, or None.
         save_best: Whether each best evaluation is saved.
+        goal: Which evaluation is the best, and when there have been enough without a better one.
         amount_per_sample: Tokens in one sample, or 1 where samples are counted.
         unit: What that amount is counted in.
         stop: Becomes true when a signal asks to stop.
@@ -84,6 +85,7 @@ class Job:
     unit: str = "tokens"
     clip_by: Literal["norm", "value", "adaptive"] = "norm"
     stop: Callable[[], bool] = field(default=lambda: False)
+    goal: Goal = field(default=Goal())
 
 
 def fit(state: TrainState, job: Job) -> str:
@@ -99,7 +101,10 @@ def fit(state: TrainState, job: Job) -> str:
     state.model.train()
     clock = _Clock(state)
     batch = job.loader.step(state.samples)
-    last = state.step >= job.length.steps(state.step, clock.seconds())
+    if state.costs.keys() != {job.goal.key}:  # what was the best by another metric tells nothing of this one
+        state.costs, state.best = {job.goal.key: []}, {}
+    costs = state.costs[job.goal.key]
+    last = state.step >= job.length.steps(state.step, clock.seconds()) or job.goal.missed(costs)
     with _collector_held():
         while not last:
             steps = max(job.length.steps(state.step, clock.seconds()), state.step + 1)
@@ -110,11 +115,13 @@ def fit(state: TrainState, job: Job) -> str:
             loss = _gradients(state, job, batch)
             state.samples += batch.samples
             pieces = job.pace.pieces(job.loader.accumulate, state.step + 1, steps, state.losses)
-            batch = job.loader.step(state.samples, pieces)  # read and copied while the device computes
+            with clock.loading():
+                batch = job.loader.step(state.samples, pieces)  # read and copied while the device computes
+            scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
             applied = _update(state, job, now, loss)
             if applied:
                 state.step += 1
-            elif hopeless(loss, state.scaler):
+            elif hopeless(loss, state.scaler, scale):
                 return "diverged"
             else:  # float16 overflowed: neither the weights nor the schedule move
                 state.skipped += 1
@@ -132,13 +139,11 @@ def fit(state: TrainState, job: Job) -> str:
                     return "diverged"  # before anything is judged or saved
             with clock.paused():
                 if judge:
-                    with judged(state):
-                        state.last = job.evaluate()
-                    state.losses.append(state.last["val_loss"])
-                    if state.last["val_loss"] < state.best.get("val_loss", math.inf):
-                        state.best = {"step": state.step, **state.last}
-                        keep = keep or job.save_best
-                    job.watcher.evaluated(state.step, state.last)
+                    keep = (_evaluate(state, job, costs) and job.save_best) or keep
+                    if job.goal.missed(costs):
+                        last, keep, stop = True, True, False
+                        if state.pending:
+                            job.watcher.measured(state.step, _measure(state, job, now.lr, clock))
                 if keep or stop:
                     state.seconds = clock.seconds()
                     job.save(state)
@@ -149,14 +154,28 @@ def fit(state: TrainState, job: Job) -> str:
     return "finished"
 
 
+def _evaluate(state: TrainState, job: Job, costs: list[float]) -> bool:
+    """Measures on held-out data and tells it; whether it is the best evaluation so far."""
+    with judged(state):
+        state.last = job.evaluate()
+    state.losses.append(state.last["val_loss"])
+    costs.append(job.goal.cost(state.last))
+    best = costs[-1] < min(costs[:-1], default=math.inf)
+    if best:
+        state.best = {"step": state.step, **state.last}
+    job.watcher.evaluated(state.step, state.last)
+    return best
+
+
 def due(step: int, every: int | None) -> bool:
     """Whether something that is done every so many steps is to be done after this one."""
     return every is not None and step % every == 0
 
 
-def hopeless(loss: Tensor, scaler: torch.amp.GradScaler) -> bool:
-    """Whether a step that float16 skipped shows that no later one can succeed."""
-    return not math.isfinite(loss) or scaler.get_scale() < 2**-24
+def hopeless(loss: Tensor, scaler: torch.amp.GradScaler, before: float) -> bool:
+    """Whether a step that float16 skipped shows that no later one can succeed; `before` it the scale was that."""
+    stuck = scaler.get_scale() >= before  # no gradient overflowed, their norm did
+    return not math.isfinite(loss) or stuck or scaler.get_scale() < 2**-24
 
 
 def _finite(pending: list[Tensor]) -> bool:
@@ -221,14 +240,15 @@ def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str,
     metrics = {"loss": loss, "lr": lr, "grad_norm": norm, "clipped": cut}
     metrics[job.unit] = float(state.samples * job.amount_per_sample)
     found = job.regularizer.metrics()
-    metrics |= dict(zip(found, torch.stack([f.double() for f in found.values()]).tolist() if found else [], strict=True))
+    if found:
+        metrics |= dict(zip(found, torch.stack([f.double() for f in found.values()]).tolist(), strict=True))
     if state.scaler.is_enabled():
         metrics |= {"loss_scale": state.scaler.get_scale(), "skipped": float(state.skipped)}
     if job.loader.device.type == "cuda":
         metrics["memory_bytes"] = float(torch.cuda.max_memory_allocated(job.loader.device))
-    seconds, steps, samples = clock.lap(state)
-    amount = samples * job.amount_per_sample
-    metrics |= {"step_seconds": seconds / steps, f"{job.unit}_per_second": amount / seconds}
+    lap = clock.lap(state)
+    metrics |= {"step_seconds": lap.seconds / lap.steps, "loading_share": lap.loading / lap.seconds}
+    metrics[f"{job.unit}_per_second"] = lap.samples * job.amount_per_sample / lap.seconds
     return metrics
 
 
@@ -278,22 +298,37 @@ class Length:
         return fewest + bisect_left(range(fewest, most), samples, key=self.samples_in)
 
 
+class _Lap(NamedTuple):
+    """What has been since the last line of the log: seconds, those of them spent on reading batches, steps, samples."""
+
+    seconds: float
+    loading: float
+    steps: int
+    samples: int
+
+
 class _Clock:
     """Seconds of training, and seconds per step without evaluating and saving."""
 
     def __init__(self, state: TrainState):
         self._before, self._start = state.seconds, time.monotonic()
-        self._lap, self._lap_step, self._lap_samples = self._start, state.step, state.samples
+        self._lap, self._lap_step, self._lap_samples, self._loading = self._start, state.step, state.samples, 0.0
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._start
 
-    def lap(self, state: TrainState) -> tuple[float, int, int]:
-        """Seconds, steps and samples since the last lap."""
-        now = time.monotonic()
-        lap = max(now - self._lap, 1e-9), max(state.step - self._lap_step, 1), state.samples - self._lap_samples
-        self._lap, self._lap_step, self._lap_samples = now, state.step, state.samples
+    def lap(self, state: TrainState) -> _Lap:
+        """Ends a lap and begins the next."""
+        now, steps = time.monotonic(), max(state.step - self._lap_step, 1)
+        lap = _Lap(max(now - self._lap, 1e-9), self._loading, steps, state.samples - self._lap_samples)
+        self._lap, self._lap_step, self._lap_samples, self._loading = now, state.step, state.samples, 0.0
         return lap
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self._loading += time.monotonic() - begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -23,10 +23,12 @@ from llmtrain.precision import Precision
 from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.run import provisional, provisional_loss, setup_for
 from llmtrain.schedules import in_steps
-from llmtrain.tasks import Task, blank_targets
+from llmtrain.tasks import Task, blank_targets, goal_of, measuring
 from llmtrain.types import DataSpec
 
 _LARGEST_BATCH = 1 << 20
+_ASKS_NUMBERS = {"classification": False, "regression": True, "probabilistic_regression": True, "counts": True}
+"""Whether a task asks for quantities; others take what there is."""
 _SAMPLES = 1000
 """In an epoch of data that nobody has read."""
 
@@ -67,8 +69,14 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         with told("data"):
             spec = provisional(config.data.build(setup_for(config)), config)
         if spec is not None:
+            odd = _unanswerable(config, spec)
+            misfits += odd + _untested(config, spec)
             with told("task"):
-                task = _ask(config.task, spec, None)
+                task = _ask(config.task, spec, None) if not odd else None
+        if task is not None and config.eval.monitor is not None and config.eval.mode is not None:
+            with told("eval"):
+                measuring(task, config.eval.metrics, config.eval.monitor)
+                goal_of(config.eval)
         if spec is not None:
             with told("augment"):
                 _ask(config.augment, spec, None)
@@ -139,8 +147,21 @@ def _idle(config: RunConfig, optimizer: Optimizer | None) -> list[Misfit]:
         rules["weight_decay_schedule"] = "moves a weight decay, and there is none; set regularization.weight_decay"
     if config.train is not None and config.train.accumulate == 1:
         rules["batch_schedule"] = "moves the number of micro-batches in a step; set train.accumulate to their most"
+    by_losses = config.batch_schedule is not None and "losses" in config.batch_schedule.part.given
+    if by_losses:
+        rules["batch_schedule"] = "goes by losses to come, so the length of the run could not be told"
     moving = {group: choice for group in rules if (choice := getattr(config, group)) is not None and _moves(choice)}
-    return [Misfit(f"{group}.name", choice.part.name, rules[group]) for group, choice in moving.items()]
+    found = [Misfit(f"{group}.name", choice.part.name, rules[group]) for group, choice in moving.items()]
+    return found + _never_averaged(config)
+
+
+def _never_averaged(config: RunConfig) -> list[Misfit]:
+    if config.train is None or config.train.steps is None or config.regularization is None:
+        return []
+    start = config.regularization.values.get("average_start", 0)
+    late = config.regularization.values.get("average", "none") != "none" and start >= config.train.steps
+    rule = f"is not before the end of the run at train.steps={config.train.steps}, so nothing would be averaged"
+    return [Misfit("regularization.average_start", start, rule)] if late and start >= 1 else []
 
 
 def _moves(schedule: Choice) -> bool:
@@ -177,6 +198,24 @@ def _check_resume(config: RunConfig) -> None:
         if (place / "config.yaml").exists():
             rule = f"{place} holds a run already; resume=auto goes on with it, another run.name starts beside it"
             raise ConfigError([Misfit("run.name", config.run.name, rule)])
+
+
+def _unanswerable(config: RunConfig, spec: DataSpec) -> list[Misfit]:
+    """A task that asks for a class of data with quantities, or the other way."""
+    name = config.task.part.name if config.task is not None else None
+    if spec.numbers is None or _ASKS_NUMBERS.get(name, spec.numbers) == spec.numbers:
+        return []
+    wanted, there = ("quantities", "classes") if not spec.numbers else ("classes", "quantities")
+    right = "task=regression loss=mse" if spec.numbers else "task=classification loss=cross_entropy"
+    return [Misfit("task.name", name, f"asks for {wanted}, and the labels of this data are {there}", right)]
+
+
+def _untested(config: RunConfig, spec: DataSpec) -> list[Misfit]:
+    """Samples are kept for a test only where each is one of its own."""
+    if spec.shape or spec.outputs or not config.eval.test_fraction:
+        return []
+    rule = "keeps no samples of a text; hold out with eval.val_fraction"
+    return [Misfit("eval.test_fraction", config.eval.test_fraction, rule, "null")]
 
 
 def _peeking(task: Task | None, model: nn.Module) -> list[Misfit]:
@@ -221,4 +260,4 @@ def _inseparable(train: Train | None, model: nn.Module) -> list[Misfit]:
 def _any_text(config: RunConfig) -> DataSpec:
     """For the rules of a model whose data cannot be looked at: that is told of the data already."""
     context = config.data.values.get("context", 1) if config.data else 1
-    return DataSpec(vocab=50257, context=context)
+    return DataSpec(vocab=50257, context=context, boundary=0)

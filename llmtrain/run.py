@@ -38,8 +38,8 @@ from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.schedules import in_steps
 from llmtrain.stop import Stop
 from llmtrain.story import Origin, Scene, Watcher, conclude, summarize
-from llmtrain.tasks import Task, with_baseline
-from llmtrain.tokenizer import Tokenizer
+from llmtrain.tasks import Task, goal_of, measuring, with_baseline
+from llmtrain.tokenizer import Tokenizer, files_of
 from llmtrain.types import Data, DataSpec, Result, Samples, Setup
 
 
@@ -47,7 +47,8 @@ def provisional(spec: DataSpec, config: RunConfig) -> DataSpec:
     """What is known of the data before it is read, enough for the rules of a model: the vocabulary is a guess."""
     if spec.shape or spec.vocab:
         return spec
-    return replace(spec, vocab=config.tokenizer.values.get("vocab_size", 50257))
+    vocab = config.tokenizer.values.get("vocab_size", 50257)
+    return replace(spec, vocab=vocab, boundary=None if spec.outputs else 0)
 
 
 def provisional_loss(loss: Choice, spec: DataSpec) -> Choice:
@@ -58,15 +59,17 @@ def provisional_loss(loss: Choice, spec: DataSpec) -> Choice:
 def setup_for(config: RunConfig, roles: Sequence[str] | None = None, progress: Any = None) -> Setup:
     """What the data part is given; `roles` are the special tokens that the task needs. Without, only for a look."""
     key: dict[str, Any] = {"name": config.tokenizer.part.name, "roles": roles, **config.tokenizer.values}
-    if roles is not None and isinstance(path := key.get("path"), str):  # the file's content counts, not where it lies
-        file = Path(path).expanduser()
-        file = file / "tokenizer.json" if file.is_dir() else file
-        key["path"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if roles is not None and isinstance(path := key.get("path"), str):  # the content counts, not where it lies
+        key["path"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files_of(path)]
     return Setup(
         tokenizer=lambda texts: config.tokenizer.build(texts).with_tokens(roles or ()),
         read_tokenizer=Tokenizer.read,
         tokenizer_key=json.dumps(key, sort_keys=True),
         val_fraction=config.eval.val_fraction,
+        test_fraction=config.eval.test_fraction,
+        split_seed=config.eval.split_seed,
+        stratify=config.eval.stratify,
+        fold=(config.eval.fold, config.eval.folds) if config.eval.folds and config.eval.fold is not None else None,
         cache=Path(config.run.cache if config.run is not None else "").expanduser(),
         progress=progress,
         dry=roles is None,
@@ -84,9 +87,19 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     roles = tuple(dict.fromkeys(role for part in asking if part is not None for role in part.special_tokens))
     try:
         data: Data = config.data.build(setup_for(config, roles, screen.preparing))
-        return with_baseline(data, config.task.build(data.spec, data.tokenizer))
+        if (check := getattr(asking[1], "check", None)) is not None:
+            check(data.train)
+        task = task_of(config, data)
+        with torch.device("meta"):  # what the model has against this data is told before anything is written
+            config.model.build(task.asked(data.spec))
+        return with_baseline(data, task)
     finally:
         screen.prepared()
+
+
+def task_of(config: RunConfig, data: Data) -> Task:
+    """The task on this data, with the metrics that the config asks for."""
+    return measuring(config.task.build(data.spec, data.tokenizer), config.eval.metrics, config.eval.monitor)
 
 
 def train(config: RunConfig, origin: Origin) -> Result:
@@ -118,12 +131,13 @@ def _train_in(
     place: Path, config: RunConfig, origin: Origin, data: Data, device: torch.device, screen: Screen
 ) -> Result:
     precision: Precision = config.precision.build(device)
-    task = config.task.build(data.spec, data.tokenizer)
+    task = task_of(config, data)
     state, regularizer = _make(config, task.asked(data.spec), device, precision)
     source = _find_source(place, config, screen)
     record = _resume(source, state, config, data) if source is not None else {}
     screen.keep_log(place / "log.txt")
     folder.write_config(place, config.plain(), origin.overrides, origin.choices)
+    folder.write_json(place / "data.json", {"facts": data.facts, "names": data.names, **data.record})
     if data.tokenizer is not None:
         data.tokenizer.save(place / "tokenizer.json")
     length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))
@@ -138,6 +152,8 @@ def _train_in(
             screen.say(f"resumed from {source} at step {state.step}" + _changes(record, config))
         status = fit(state, job)
         screen.end()
+        if status == "finished" and job.goal.missed(costs := state.costs[job.goal.key]):
+            screen.say(job.goal.why(costs))
         metrics = {**folder.earlier_metrics(place, state.step), **watcher.last, **state.last}
         result = Result(place, status, state.step, metrics, state.best, signal=stop.signal)
         if status == "finished":
@@ -213,6 +229,7 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
         eval_every=config.eval.every,
         save_every=config.checkpoint.every,
         save_best=config.checkpoint.best,
+        goal=goal_of(config.eval),
         amount_per_sample=data.spec.context,
         unit=data.spec.unit,
         stop=stop,
@@ -232,9 +249,11 @@ def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "v
     """Measures the task's metrics on samples that are not learned from; compiled once, however often it is called."""
     train, model = scene.config.train, scene.model
     whole = train.compile == "model"
-    score = _compiled(added_up(model, scene.task.score, train.head_chunk, whole), model, train.compile)
+    task, chunk = scene.task, train.head_chunk
+    added = with_outputs(model, task.score) if task.meters else added_up(model, task.score, chunk, whole)
+    score = _compiled(added, model, train.compile)
     size = train.batch_size // (train.accumulate * world())
-    return partial(evaluate, model, score, samples, scene.task, scene.precision, size, batches, prefix)
+    return partial(evaluate, model, score, samples, task, scene.precision, size, batches, prefix)
 
 
 def _test(scene: Scene) -> dict[str, float]:
@@ -281,7 +300,19 @@ def added_up(
     return compute
 
 
-def _compiled(function: Callable[..., Tensor], model: nn.Module, scope: str) -> Callable[..., Tensor]:
+def with_outputs(
+    model: nn.Module, score: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """As `added_up`, with the outputs beside the sums: for meters, of samples that have few."""
+
+    def compute(inputs: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = model(inputs)
+        return (score(outputs, targets) * mask.unsqueeze(-1)).flatten(0, -2).sum(0), outputs
+
+    return compute
+
+
+def _compiled(function: Callable[..., Any], model: nn.Module, scope: str) -> Callable[..., Any]:
     """Compiles as `train.compile` says; shapes never change, so nothing is ever compiled twice."""
     if scope == "model":
         return torch.compile(function, dynamic=False, fullgraph=True)

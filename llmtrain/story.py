@@ -93,7 +93,7 @@ def summarize(scene: Scene, state: TrainState) -> None:
     config, data, origin = scene.config, scene.data, scene.origin
     with torch.device("meta"):
         shadow = config.model.build(scene.task.asked(data.spec))
-        forward = hardware.count_flops(shadow, hardware.blank(data.spec))
+        forward = hardware.count_flops(shadow.eval(), hardware.blank(data.spec))
     flops = 3 * forward * config.train.batch_size  # the backward pass costs twice the forward pass
     screen = scene.screen
     screen.flops_per_step, screen.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llmtrain.config import Eval
 from llmtrain.data.rows import targets_of
-from llmtrain.knobs import Fraction, Portion, Share, UserError, require
+from llmtrain.knobs import ConfigError, Fraction, Misfit, Portion, Share, UserError, nearest, require
 from llmtrain.losses import bce, cross_entropy, gaussian_nll, poisson_nll
+from llmtrain.metrics import (
+    DETERMINED,
+    Column,
+    Determination,
+    Goal,
+    Meter,
+    Offer,
+    Reader,
+    correct,
+    decision_meters,
+    direction,
+    in_words,
+    read_answers,
+    read_classes,
+    top_columns,
+)
 from llmtrain.types import Data, DataSpec, Samples
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -42,7 +60,15 @@ class Task:
         name: Such as `causal_lm`.
         score: (..., k) numbers to add up for each target, from outputs and targets; the first is the loss in nats.
         metrics: Metrics from the k sums, the number of targets, and the summed weights.
-        words: Metrics as a person reads them.
+        plain: Their names, the loss first.
+        unit: What the loss is counted in, such as nats/token.
+        columns: More metrics that can be asked for, each the mean of a number for each target.
+        offer: More metrics that can be asked for, and the meters that they come from.
+        usual: The metrics where none are asked for; empty: the plain ones.
+        chosen: The metrics that were asked for, see `measuring`; empty: the plain ones.
+        meters: Makes the meters that those need.
+        read: What outputs and targets say of classes or answers; None where they are tokens or numbers.
+        answer: The numbers that outputs (B, k) stand for, (B, n), where the targets are quantities.
         causal: Whether a model that sees later tokens could cheat.
         numbers: Whether the targets are numbers, as `vary` leaves them; else they are classes or tokens.
         outputs: Numbers that the model gives for each sample; None: as many as the data asks for.
@@ -59,7 +85,15 @@ class Task:
     name: str
     score: Callable[[Tensor, Tensor], Tensor]
     metrics: Callable[[Sequence[float], int, float], dict[str, float]]
-    words: Callable[[dict[str, float]], str]
+    plain: tuple[str, ...]
+    unit: str = ""
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    offer: Offer = field(default_factory=dict)
+    usual: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
+    meters: tuple[Callable[[], Meter], ...] = ()
+    read: Reader | None = None
+    answer: Callable[[Tensor], Tensor] | None = None
     causal: bool = False
     numbers: bool = False
     outputs: int | None = None
@@ -70,6 +104,15 @@ class Task:
     weigh: Callable[[np.ndarray, np.ndarray], float] = _each_alike
     guess: Callable[[np.ndarray], Guess] | None = None
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of all metrics that can be asked for."""
+        return (*self.plain, *self.columns, *(name for names in self.offer for name in names))
+
+    def words(self, metrics: Mapping[str, float]) -> str:
+        """Metrics as a person reads them."""
+        return in_words(metrics, self.unit)
+
     def asked(self, spec: DataSpec) -> DataSpec:
         """The data as the model must know it: with as many outputs as the task needs."""
         return spec if self.outputs is None else replace(spec, outputs=self.outputs)
@@ -78,6 +121,46 @@ class Task:
         """All targets of labelled samples, (N,) classes or (N, n) numbers, as this task asks for them."""
         found = targets_of(samples)
         return self.vary(np.empty(0), found, np.ones(len(found), dtype=bool), [])[1]
+
+
+def measuring(task: Task, names: Sequence[str] | None, monitor: str = "loss") -> Task:
+    """The task with the metrics that are asked for, or with its usual ones; the loss and what is monitored among them.
+
+    Raises:
+        ConfigError: If it has no metric of that name.
+    """
+    asked = (task.usual or task.plain) if names is None else names
+    wanted = tuple(dict.fromkeys(("loss", *asked, monitor)))
+    rule = f"task={task.name} has no such metric; there are {', '.join(task.known)}"
+    unknown = [name for name in wanted if name not in task.known]
+    if unknown:
+        keys = ("metrics" if name in asked else "monitor" for name in unknown)
+        raise ConfigError(Misfit(k, n, rule, nearest(n, task.known)) for k, n in zip(keys, unknown, strict=True))
+    columns = {name: column for name, column in task.columns.items() if name in wanted}
+
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        more = [column(outputs, targets).unsqueeze(-1) for column in columns.values()]
+        return torch.cat((task.score(outputs, targets), *more), -1)
+
+    def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
+        own = len(sums) - len(columns)
+        means = (value / max(count, 1) for value in sums[own:])
+        return task.metrics(sums[:own], count, weight) | dict(zip(columns, means, strict=True))
+
+    meters = tuple(make for names, make in task.offer.items() if not set(names).isdisjoint(wanted))
+    return replace(task, score=score if columns else task.score, metrics=metrics, chosen=wanted, meters=meters)
+
+
+def goal_of(settings: Eval) -> Goal:
+    """Which evaluation is the best, as the settings say.
+
+    Raises:
+        ConfigError: If nobody knows whether what is monitored should rise or fall.
+    """
+    known = direction(settings.monitor) if settings.mode == "auto" else settings.mode
+    rule = f"does not know whether higher or lower is better for {settings.monitor}; say min or max"
+    require(mode=(known is not None, settings.mode, rule))
+    return Goal(settings.monitor, known or "min", settings.patience, settings.min_delta)
 
 
 def with_baseline(data: Data, task: Task) -> Data:
@@ -94,9 +177,20 @@ def with_baseline(data: Data, task: Task) -> Data:
         targets = torch.from_numpy(task.targets(samples))
         outputs = torch.tensor(answer, dtype=torch.float32).expand(len(targets), -1)
         sums = task.score(outputs, targets).double().sum(0).tolist()
-        return name, task.metrics(sums, len(targets), float(len(targets)))
+        meters = [make() for make in task.meters]
+        for meter in meters:
+            meter.update(outputs, targets, torch.ones(len(targets), dtype=torch.bool))
+        return name, gathered(task, sums, len(targets), float(len(targets)), meters)
 
     return replace(data, baseline=reached(data.val), test_baseline=reached(data.test) if data.test else None)
+
+
+def gathered(task: Task, sums: Sequence[float], count: int, weight: float, meters: Sequence[Meter]) -> dict[str, float]:
+    """The metrics that were asked for, from sums and meters, in the order asked for."""
+    found = task.metrics(sums, count, weight)
+    for meter in meters:
+        found |= meter.metrics()
+    return {name: found[name] for name in task.chosen or task.plain}
 
 
 def blank_targets(task: Task, spec: DataSpec, batch: int = 1) -> Tensor:
@@ -112,8 +206,7 @@ def _nats(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _nats_and_hits(outputs: Tensor, targets: Tensor) -> Tensor:
     """(..., 2): the loss in nats, and 1 where the likeliest class is the target."""
-    nats = _nats(outputs, targets)
-    return torch.stack((nats, (outputs.argmax(-1) == targets).to(nats.dtype)), -1)
+    return torch.stack((_nats(outputs, targets), correct(outputs, targets)), -1)
 
 
 def _perplexity(loss: float) -> float:
@@ -123,7 +216,9 @@ def _perplexity(loss: float) -> float:
 def causal_lm(spec: DataSpec, tokenizer: Any) -> Task:
     """Predict the next token: loss in nats per token, perplexity, and bits per byte of text.
 
-    Bits per byte is the only one that compares runs with different tokenizers.
+    Bits per byte is the only one that compares runs with different tokenizers, and only where they lose nothing: the
+    bytes are those of the text as the tokens give it back, normalized and without what is unknown.
+    More in eval.metrics: accuracy, top_5.
 
     Raises:
         ConfigError: If the data asks for something else than tokens.
@@ -139,14 +234,13 @@ def causal_lm(spec: DataSpec, tokenizer: Any) -> Task:
         bits = sums[0] / math.log(2) / text_bytes if text_bytes else math.nan
         return {"loss": loss, "perplexity": _perplexity(loss), "bits_per_byte": bits}
 
-    def words(metrics: dict[str, float]) -> str:
-        return f"{metrics['loss']:.4f} nats/token, {metrics['bits_per_byte']:.4f} bits/byte"
-
     return Task(
         "causal_lm",
         lambda outputs, targets: _nats(outputs, targets).unsqueeze(-1),
         metrics,
-        words,
+        plain=("loss", "perplexity", "bits_per_byte"),
+        unit="nats/token",
+        columns={"accuracy": correct, **top_columns(spec.vocab)},
         causal=True,
         weigh=weigh,
     )
@@ -201,8 +295,16 @@ def masked_lm(
         loss = sums[0] / max(count, 1)
         return {"loss": loss, "perplexity": _perplexity(loss), "accuracy": sums[1] / max(count, 1)}
 
-    words = _loss_and_accuracy("hidden token")
-    return Task("masked_lm", _nats_and_hits, metrics, words, special_tokens=("mask",), vary=vary)
+    return Task(
+        "masked_lm",
+        _nats_and_hits,
+        metrics,
+        plain=("loss", "perplexity", "accuracy"),
+        unit="nats/hidden token",
+        columns=top_columns(spec.vocab),
+        special_tokens=("mask",),
+        vary=vary,
+    )
 
 
 def _chosen(
@@ -223,7 +325,9 @@ def _chosen(
 
 
 def classification(spec: DataSpec, tokenizer: Any) -> Task:
-    """Say which class a sample belongs to: loss in nats per sample, and accuracy.
+    """Say which class a sample belongs to: loss in nats per sample, accuracy, and F1, the mean over the classes.
+
+    More in eval.metrics: precision, recall and F1 of each average, roc_auc, pr_auc, calibration_error, top_5.
 
     Raises:
         ConfigError: If the data has no classes.
@@ -234,7 +338,18 @@ def classification(spec: DataSpec, tokenizer: Any) -> Task:
     def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
         return {"loss": sums[0] / max(count, 1), "accuracy": sums[1] / max(count, 1)}
 
-    return Task("classification", _nats_and_hits, metrics, _loss_and_accuracy("sample"), counted=True)
+    return Task(
+        "classification",
+        _nats_and_hits,
+        metrics,
+        plain=("loss", "accuracy"),
+        unit="nats/sample",
+        columns=top_columns(spec.outputs),
+        offer=decision_meters(read_classes),
+        usual=("loss", "accuracy", "f1_macro"),
+        read=read_classes,
+        counted=True,
+    )
 
 
 def multilabel(spec: DataSpec, tokenizer: Any) -> Task:
@@ -265,9 +380,11 @@ def multilabel(spec: DataSpec, tokenizer: Any) -> Task:
         "multilabel",
         _answers,
         _answer_metrics,
-        lambda m: (
-            f"{m['loss']:.4f} nats/question, {m['accuracy']:.2%} right, surest yes {m['top']:.2%}, F1 {m['f1']:.3f}"
-        ),
+        plain=("loss", "accuracy", "top"),
+        unit="nats/question",
+        offer=decision_meters(read_answers, every=True),
+        usual=("loss", "accuracy", "top", "f1_macro"),
+        read=read_answers,
         numbers=True,
         losses="answers yes and no, as bce and sigmoid_focal do",
         counted=True,
@@ -277,22 +394,19 @@ def multilabel(spec: DataSpec, tokenizer: Any) -> Task:
 
 
 def _answers(outputs: Tensor, targets: Tensor) -> Tensor:
-    """(B, 3 + 3n): the loss, share of right answers, whether the surest yes is right; hits, false alarms and misses."""
+    """(B, 3): the loss, the share of right answers, and whether the surest yes is right."""
     said, wanted = outputs > 0, targets > 0.5
     surest = wanted.gather(-1, outputs.argmax(-1, keepdim=True)).squeeze(-1)
-    whole = torch.stack((bce(outputs, targets, pos_weight=1.0), (said == wanted).float().mean(-1), surest.float()), -1)
-    return torch.cat((whole, (said & wanted).float(), (said & ~wanted).float(), (~said & wanted).float()), -1)
+    return torch.stack((bce(outputs, targets, pos_weight=1.0), (said == wanted).float().mean(-1), surest.float()), -1)
 
 
 def _answer_metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
-    loss, right, surest = (value / max(count, 1) for value in sums[:3])
-    hits, alarms, misses = np.reshape(sums[3:], (3, -1))
-    f1 = 2 * hits / np.maximum(2 * hits + alarms + misses, 1)
-    return {"loss": loss, "accuracy": right, "top": surest, "f1": float(f1.mean())}
+    loss, right, surest = (value / max(count, 1) for value in sums)
+    return {"loss": loss, "accuracy": right, "top": surest}
 
 
 def regression(spec: DataSpec, tokenizer: Any) -> Task:
-    """Say a quantity of each sample: mean squared error, its root, and mean absolute error.
+    """Say a quantity of each sample: mean squared error, its root, mean absolute error, and R2.
 
     The loss that evaluation reports is the mean squared error, in the square of the targets' units.
 
@@ -307,9 +421,15 @@ def regression(spec: DataSpec, tokenizer: Any) -> Task:
 
     def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
         mse = sums[0] / max(count, 1)
-        return {"loss": mse, "rmse": math.sqrt(mse), "mae": sums[1] / max(count, 1)}
+        return {"loss": mse, "mse": mse, "rmse": math.sqrt(mse), "mae": sums[1] / max(count, 1)}
 
-    return Task("regression", score, metrics, _errors_in_words, numbers=True, losses="numbers, as mse and mae do")
+    return Task(
+        "regression",
+        score,
+        metrics,
+        **_of_numbers(("loss", "mse", "rmse", "mae"), lambda outputs: outputs),
+        losses="numbers, as mse and mae do",
+    )
 
 
 def probabilistic_regression(spec: DataSpec, tokenizer: Any) -> Task:
@@ -333,7 +453,7 @@ def probabilistic_regression(spec: DataSpec, tokenizer: Any) -> Task:
 
     def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
         nats, square, size, within = (value / max(count, 1) for value in sums)
-        return {"loss": nats, "rmse": math.sqrt(square), "mae": size, "coverage": within}
+        return {"loss": nats, "mse": square, "rmse": math.sqrt(square), "mae": size, "coverage": within}
 
     def guess(targets: np.ndarray) -> Guess:
         variance = np.maximum(targets.var(0), _LEAST_VARIANCE)
@@ -343,8 +463,8 @@ def probabilistic_regression(spec: DataSpec, tokenizer: Any) -> Task:
         "probabilistic_regression",
         score,
         metrics,
-        lambda m: f"{m['loss']:.4f} nats/number, {_errors_in_words(m)}, 90% interval holds {m['coverage']:.1%}",
-        numbers=True,
+        **_of_numbers(("loss", "mse", "rmse", "mae", "coverage"), lambda outputs: outputs.chunk(2, -1)[0]),
+        unit="nats/number",
         outputs=2 * spec.outputs,
         losses="numbers with their means and log-variances, as gaussian_nll and laplace_nll do",
         guess=guess,
@@ -369,7 +489,7 @@ def counts(spec: DataSpec, tokenizer: Any) -> Task:
 
     def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
         nats, square, size = (value / max(count, 1) for value in sums)
-        return {"loss": nats, "rmse": math.sqrt(square), "mae": size}
+        return {"loss": nats, "mse": square, "rmse": math.sqrt(square), "mae": size}
 
     def guess(targets: np.ndarray) -> Guess:
         if targets.min() < 0 or (targets % 1).any():
@@ -380,24 +500,23 @@ def counts(spec: DataSpec, tokenizer: Any) -> Task:
         "counts",
         score,
         metrics,
-        lambda m: f"{m['loss']:.4f} nats/number, {_errors_in_words(m)}",
-        numbers=True,
+        **_of_numbers(("loss", "mse", "rmse", "mae"), lambda outputs: outputs.float().exp()),
+        unit="nats/number",
         losses="counts with the logarithms of their rates, as poisson_nll does",
         guess=guess,
     )
 
 
-def _errors_in_words(metrics: dict[str, float]) -> str:
-    return f"root mean squared error {metrics['rmse']:.4g}, mean absolute error {metrics['mae']:.4g}"
+def _of_numbers(plain: tuple[str, ...], answer: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What tasks have alike whose outputs stand for quantities."""
+    usual = (*(name for name in plain if name != "mse"), *DETERMINED)
+    offer = {DETERMINED: partial(Determination, answer)}
+    return {"plain": plain, "usual": usual, "offer": offer, "answer": answer, "numbers": True}
 
 
 def _require_numbers(name: str, spec: DataSpec) -> None:
     rule = "asks for numbers of each sample, and this data has none; see llmtrain explain data"
     require(name=(spec.outputs > 0, name, rule))
-
-
-def _loss_and_accuracy(unit: str) -> Callable[[dict[str, float]], str]:
-    return lambda metrics: f"{metrics['loss']:.4f} nats/{unit}, accuracy {metrics['accuracy']:.2%}"
 
 
 def _require_text(name: str, spec: DataSpec) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +16,91 @@ from torch import nn
 
 from llmtrain import checkpoint, hardware
 from llmtrain.build import GROUPS, SCHEDULES
-from llmtrain.config import Evaluation, Export, Generation, RunConfig, Sample, check
+from llmtrain.config import SECTIONS, Evaluation, Export, Generation, RunConfig, Sample, check
 from llmtrain.display import Screen
-from llmtrain.evaluate import evaluate
+from llmtrain.evaluate import evaluate, spread
 from llmtrain.export import Trained, export
 from llmtrain.folder import read_choices, read_config, write_json
 from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
-from llmtrain.run import added_up, prepare_data
+from llmtrain.predictions import Predictions
+from llmtrain.run import added_up, prepare_data, task_of, with_outputs
 from llmtrain.tokenizer import Tokenizer
-from llmtrain.topics import option_values, options
+from llmtrain.topics import option_values, options, section_topic
 from llmtrain.types import DataSpec
+
+_SHOWN = 30
+"""Classes that a screen has room for."""
 
 
 def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
-    """Measures a checkpoint on the run's held-out data; shows the metrics and writes `eval.json` beside it."""
+    """Measures a checkpoint on the run's held-out data and shows the metrics.
+
+    It leaves `eval/` in the run's folder: metrics.json and, of samples with labels, what was said of each of them in
+    predictions.csv and a picture of the confusions, confusion.png.
+    """
     folder, path = _locate(settings.run, settings.checkpoint)
     config = _config(folder, trust)
+    if settings.metrics is not None:
+        config = replace(config, eval=replace(config.eval, metrics=settings.metrics, monitor="loss"))
     device = _device(settings.device)
     screen = Screen()
     try:
         data = prepare_data(config, screen)
+        task = task_of(config, data)
     except ConfigError as error:
+        if error.misfits[0].key == "metrics":
+            raise
         raise _told(folder, error, "data.") from None
-    task = config.task.build(data.spec, data.tokenizer)
-    model, record = _model(config, task.asked(data.spec), path, device)
-    if record["fingerprint"] != data.fingerprint:
+    model, saved = _model(config, task.asked(data.spec), path, device)
+    if saved["fingerprint"] != data.fingerprint:
         raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
     precision = config.precision.build(device)
     samples = data.test if settings.split == "test" else data.val
     if samples is None:
         raise UserError("split=test: this data keeps no test samples; use split=val")
-    metrics = evaluate(
-        model,
-        added_up(model, task.score, config.train.head_chunk),
-        samples,
-        task,
-        precision,
-        settings.batch_size or max(config.train.batch_size // config.train.accumulate, 1),
-        settings.batches,
-        settings.split,
+    size = settings.batch_size or max(config.train.batch_size // config.train.accumulate, 1)
+    kept = Predictions(task, data.names or ()) if task.read is not None or task.answer is not None else None
+    score = (
+        with_outputs(model, task.score) if kept is not None else added_up(model, task.score, config.train.head_chunk)
     )
+    beside = [kept] if kept is not None else []
+    metrics = evaluate(model, score, samples, task, precision, size, settings.batches, settings.split, beside)
     rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
     name, reached = (settings.split == "test" and data.test_baseline) or data.baseline
     rows += [(f"guess by {name}", task.words(reached))]
     rows += [("data", data.facts["about"]), ("samples", settings.split), ("checkpoint", str(path))]
     screen.table("llmtrain eval", rows)
-    write_json(folder / "eval.json", {"checkpoint": path.name, "batches": settings.batches, **metrics})
+    record: dict[str, Any] = {"checkpoint": path.name, "batches": settings.batches, **metrics}
+    place = folder / "eval"
+    place.mkdir(exist_ok=True)
+    if kept is not None:
+        record |= {"classes": by_class} if (by_class := kept.by_class()) else {}
+        _show_classes(screen, by_class)
+        kept.write(place / "predictions.csv", spread(samples, size, settings.batches))
+        if task.read is not None and not task.numbers:
+            title = f"{folder.name}, {path.name}, {settings.split}"
+            screen.say(f"confusion.png: {kept.paint(place / 'confusion.png', title) or 'target by prediction'}")
+    write_json(place / "metrics.json", record)
+    screen.say(f"written to {place}")
     screen.close()
     return 0
+
+
+def _show_classes(screen: Screen, by_class: dict[str, dict[str, float]]) -> None:
+    """How each class fares; of many, those that fare worst."""
+    worst = sorted(by_class, key=lambda name: by_class[name]["f1"])[:_SHOWN]
+    rows = [
+        (
+            name,
+            "  ".join(f"{title} {v:.3f}" for title, v in row.items() if title != "support")
+            + f"  of {row['support']:.0f}",
+        )
+        for name, row in by_class.items()
+        if name in worst
+    ]
+    if rows:
+        screen.table("each class" if len(rows) == len(by_class) else f"the {_SHOWN} classes with the lowest F1", rows)
 
 
 def generate_from(settings: Generation, trust: Sequence[str]) -> int:
@@ -76,7 +113,7 @@ def generate_from(settings: Generation, trust: Sequence[str]) -> int:
             f"{folder}: was trained for {config.task.part.name}; only models of causal_lm go on with a text"
         )
     tokenizer = Tokenizer.read(folder / "tokenizer.json")
-    spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"])
+    spec = DataSpec(vocab=tokenizer.vocab, context=config.data.values["context"], boundary=tokenizer.end)
     model = _model(config, spec, path, device)[0].eval()
     sample = Sample(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Sample)})
     pieces = generate(model, tokenizer, sample, spec.context)
@@ -123,7 +160,10 @@ def _locate(run: str, which: str) -> tuple[Path, Path]:
 def _config(folder: Path, trust: Sequence[str]) -> RunConfig:
     """A run's config; knobs and schedules that have come since it was written are those that change nothing."""
     config = read_config(folder)
-    for group in SCHEDULES[1:]:
+    for name in SECTIONS:
+        if isinstance(section := config.get(name, {}), dict):
+            config[name] = _plain(section_topic(name).values) | section
+    for group in (*SCHEDULES[1:], "augment"):
         config.setdefault(group, option_values(group, "none"))
     for key, option in read_choices(folder).items():
         group = key.rpartition("@")[2]
@@ -131,11 +171,16 @@ def _config(folder: Path, trust: Sequence[str]) -> RunConfig:
         if group in GROUPS and isinstance(section, dict) and option in options(group):
             shipped = option_values(group, option)
             if shipped["name"] == section.get("name"):
-                config[group] = {k: v for k, v in shipped.items() if "${" not in str(v)} | section
+                config[group] = _plain(shipped) | section
     try:
         return check(config, trust)
     except ConfigError as error:
         raise _told(folder, error) from None
+
+
+def _plain(shipped: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that follow from no others."""
+    return {k: v for k, v in shipped.items() if "${" not in str(v)}
 
 
 def _told(folder: Path, error: ConfigError, section: str = "") -> UserError:

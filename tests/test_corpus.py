@@ -243,7 +243,7 @@ def test_every_document_has_its_tail() -> None:
 
 
 def test_whole_files_are_held_out_by_their_key_alone() -> None:
-    documents = [from_text(f"file{i}", "x") for i in range(2000)]
+    documents = [from_text(f"file{i}", str(i)) for i in range(2000)]
     train, val = split_by_file(documents, 0.1)
     assert len(train) + len(val) == 2000
     assert 150 < len(val) < 250

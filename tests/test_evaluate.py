@@ -7,19 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made import byte
 from runs import make_text
+from sklearn import metrics as theirs
 from test_tokens import prepared
 from torch import Tensor, nn
 from toy import make_gpt
 
 from llmtrain.data.corpus import from_text
+from llmtrain.data.rows import Rows
 from llmtrain.data.tokens import Windows
-from llmtrain.evaluate import evaluate
+from llmtrain.evaluate import evaluate, spread
 from llmtrain.losses import cross_entropy
 from llmtrain.precision import bf16, fp32
-from llmtrain.run import added_up
-from llmtrain.tasks import causal_lm
-from llmtrain.tokenizer import byte
+from llmtrain.run import added_up, with_outputs
+from llmtrain.tasks import causal_lm, classification, measuring
 from llmtrain.types import Data, DataSpec
 
 CPU = torch.device("cpu")
@@ -151,3 +153,74 @@ def test_the_precision_is_used(data: Data) -> None:
     full, half = measure(net, data), measure(net, data, precision=bf16(CPU))
     assert full["val_loss"] != half["val_loss"]
     assert half["val_loss"] == pytest.approx(full["val_loss"], rel=0.02)
+
+
+# -- what is measured beside the loss -------------------------------------------------------------------------
+
+
+SPEC = DataSpec(shape=(3,), outputs=4)
+
+
+def labelled(number: int) -> Rows:
+    draw = np.random.default_rng(0)
+    return Rows(draw.normal(size=(number, 3)).astype(np.float32), draw.integers(0, 4, number))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 64])
+def test_metrics_of_classes_do_not_know_of_batches_and_of_what_fills_them(batch_size: int) -> None:
+    torch.manual_seed(0)
+    net, rows = nn.Linear(3, 4), labelled(30)
+    names = ["accuracy", "f1_macro", "recall_weighted", "roc_auc", "pr_auc", "calibration_error", "top_2"]
+    task = measuring(classification(SPEC, None), names)
+    got = evaluate(net, with_outputs(net, task.score), rows, task, fp32(CPU), batch_size, None, "test")
+    outputs = net(torch.from_numpy(rows.inputs)).detach()
+    said, chance = outputs.argmax(-1), outputs.softmax(-1).numpy()
+    with_one_hot = np.eye(4)[rows.targets], chance
+    assert list(got) == ["test_loss", *(f"test_{name}" for name in names)]
+    assert got["test_accuracy"] == pytest.approx(theirs.accuracy_score(rows.targets, said))
+    assert got["test_f1_macro"] == pytest.approx(theirs.f1_score(rows.targets, said, average="macro"))
+    assert got["test_recall_weighted"] == pytest.approx(theirs.recall_score(rows.targets, said, average="weighted"))
+    assert got["test_roc_auc"] == pytest.approx(theirs.roc_auc_score(*with_one_hot), abs=1e-6)
+    assert got["test_pr_auc"] == pytest.approx(theirs.average_precision_score(*with_one_hot), abs=1e-6)
+    assert got["test_top_2"] == pytest.approx(theirs.top_k_accuracy_score(rows.targets, outputs, k=2))
+    once = evaluate(net, with_outputs(net, task.score), rows, task, fp32(CPU), 30, None, "test")
+    assert got == pytest.approx(once, rel=1e-6)
+
+
+def test_meters_beside_those_of_the_task_see_what_counts() -> None:
+    class Seen:
+        number = 0
+
+        def update(self, outputs: Tensor, targets: Tensor, mask: Tensor) -> None:
+            assert outputs.shape == (7, 4) and targets.shape == mask.shape == (7,)
+            self.number += int(mask.sum())
+
+        def merge(self, other: Any) -> None: ...
+
+        def metrics(self) -> dict[str, float]:
+            return {"told": 1.0}
+
+    net, task, seen = nn.Linear(3, 4), measuring(classification(SPEC, None), []), Seen()
+    got = evaluate(net, with_outputs(net, task.score), labelled(30), task, fp32(CPU), 7, None, beside=[seen])
+    assert seen.number == 30 and list(got) == ["val_loss"]
+
+
+def test_the_samples_that_are_judged_can_be_named() -> None:
+    assert spread(labelled(30), 7, None).tolist() == list(range(30))
+    assert spread(labelled(30), 7, 9).tolist() == list(range(30))
+    assert spread(labelled(31), 2, 2).tolist() == [0, 10, 20, 30]
+
+
+def test_tokens_are_ranked_without_keeping_logits(data: Data) -> None:
+    net, task = model(), measuring(causal_lm(data.spec, data.tokenizer), ["accuracy", "top_5"])
+    got = measure(net, data, score=added_up(net, task.score), task=task)
+    assert not task.meters
+    hits = np.zeros(2)
+    for i in range(len(data.val)):
+        inputs, targets, mask = data.val.take([i])
+        with torch.no_grad():
+            ranks = net(torch.from_numpy(inputs)).argsort(-1, descending=True).numpy()
+        place = (ranks == targets[..., None]).argmax(-1)[mask]
+        hits += (place < 1).sum(), (place < 5).sum()
+    assert got["val_accuracy"] == pytest.approx(hits[0] / (data.facts["val_tokens"] - 1), rel=1e-6)
+    assert got["val_top_5"] == pytest.approx(hits[1] / (data.facts["val_tokens"] - 1), rel=1e-6)

@@ -103,7 +103,7 @@ def test_a_meaning_is_split_where_raise_and_lower_begin():
         "optim.beta2",
         "number >= 0 and < 1",
         "Decay of the second moment, the mean squared gradient.",
-        "steadier step sizes, slow to see a change of scale.",
+        "steadier rates, slow to see a change of scale.",
         "adapts faster, noisier; 0.95 is usual for language models.",
         "",
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made import byte
 from runs import llmtrain, tiny, train
 from safetensors.torch import load_file
 from toy import preset
@@ -20,7 +21,7 @@ from llmtrain.knobs import ConfigError, UserError
 from llmtrain.models.families import gpt2_knobs
 from llmtrain.models.pretrained import hf
 from llmtrain.models.transformer import count_parameters, transformer
-from llmtrain.tokenizer import Tokenizer, byte
+from llmtrain.tokenizer import Tokenizer
 from llmtrain.topics import option_values
 from llmtrain.types import DataSpec
 

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from made import byte, char
 from toy import make_gpt
 
 from llmtrain.config import Sample
 from llmtrain.generate import generate, pick, tokens
 from llmtrain.knobs import UserError
-from llmtrain.tokenizer import Tokenizer, byte, char
+from llmtrain.tokenizer import Tokenizer
 
 GREEDY = {"prompt": "", "tokens": 10, "temperature": 0.0, "top_k": None, "top_p": 1.0, "seed": 0}
 

@@ -128,8 +128,8 @@ def test_cross_entropy_with_l1_is_scikit_learn_s_sparse_logistic_regression():
 
     inputs, targets = load_iris(return_X_y=True)
     inputs = (inputs - inputs.mean(0)) / inputs.std(0)
-    found, _, _ = descend(inputs, targets, CE, 1000, 0.5, l1=0.05, l1_step="proximal")
-    ratio = {"l1_ratio": 1.0, "solver": "saga", "C": 1 / (0.05 * len(inputs)), "tol": 1e-9, "max_iter": 100_000}
+    found, _, _ = descend(inputs, targets, CE, 1500, 1.2, l1=0.1, l1_step="proximal")
+    ratio = {"l1_ratio": 1.0, "solver": "saga", "C": 1 / (0.1 * len(inputs)), "tol": 1e-9, "max_iter": 100_000}
     exact = LogisticRegression(random_state=0, **ratio).fit(inputs, targets)
     np.testing.assert_allclose(found, exact.coef_, atol=1e-3, rtol=0)
     assert np.array_equal(found == 0, exact.coef_ == 0) and 2 < (found == 0).sum() < 12

@@ -19,6 +19,7 @@ from llmtrain import checkpoint, loop
 from llmtrain.data.tokens import Windows
 from llmtrain.loop import Length, due, fit
 from llmtrain.losses import cross_entropy
+from llmtrain.metrics import Goal
 from llmtrain.optim.adaptive import adam
 from llmtrain.optim.sgd import sgd
 from llmtrain.pace import Pace, still
@@ -399,6 +400,66 @@ def test_a_loss_that_is_no_number_is_never_the_best():
     values = iter([math.nan, 2.0])
     state, _ = trained(train=make_train(steps=2), evaluate=lambda: {"val_loss": next(values)}, eval_every=1)
     assert state.best == {"step": 2, "val_loss": 2.0}
+
+
+def scored(scores, **given):
+    """A run of ten steps judged after each, by scores of which more is better; its state and what it saved."""
+    saved, values = [], iter(scores)
+    state, job = trained(
+        train=make_train(steps=10),
+        evaluate=lambda: {"val_loss": 1.0, "val_f1_macro": next(values)},
+        save=lambda state: saved.append(state.step),
+        **{"eval_every": 1, "log_every": 4, "save_best": True} | given,
+    )
+    return state, job, saved
+
+
+def test_the_best_is_the_highest_where_more_is_better():
+    scores = [0.1, 0.4, 0.4, 0.3, math.nan, 0.5, 0.2, 0.2, 0.2, 0.2]
+    state, _, saved = scored(scores, goal=Goal("f1_macro", "max"))
+    assert saved == [1, 2, 6, 10]
+    assert state.best == {"step": 6, "val_loss": 1.0, "val_f1_macro": 0.5}
+    assert state.losses == [1.0] * 10
+
+
+def test_a_run_without_improvement_ends_early_and_whole():
+    scores = [0.1, 0.4, 0.45, 0.44, 0.46, 0.9]
+    goal = Goal("f1_macro", "max", patience=3, min_delta=0.1)
+    state, job, saved = scored(scores, goal=goal, schedule=lambda step, steps: 1 - step / steps)
+    assert state.step == 5 and saved == [1, 2, 3, 5]  # small gains are saved, but buy no time
+    assert state.best["step"] == 5
+    assert [step for step, _ in job.watcher.lines] == [4, 5] and not state.pending
+    rates = [metrics["lr"] for _, metrics in job.watcher.lines]
+    assert rates == pytest.approx([0.5 * 0.7, 0.5 * 0.6])  # those of ten steps
+    assert fit(state, job) == "finished" and state.step == 5  # again, it has nothing left to do
+
+
+def test_patience_counts_on_after_a_restore():
+    scores = [0.1, 0.4, 0.3, 0.2, 0.35, 0.1, 0.1]
+    goal = Goal("f1_macro", "max", patience=4)
+    whole, _, _ = scored(scores, goal=goal)
+    assert whole.step == 6
+    state = make_state(make_gpt(std=0.3).double())
+    values = iter(scores)
+    evaluate = lambda: {"val_loss": 1.0, "val_f1_macro": next(values)}
+    given = {"evaluate": evaluate, "eval_every": 1, "goal": goal}
+    job = make_job(state, RAGGED, make_train(steps=10), stop=lambda: state.step == 3, **given)
+    assert fit(state, job) == "stopped"
+    restored = make_state(make_gpt(std=0.3).double())
+    for name in ("step", "samples", "best", "losses", "costs"):
+        setattr(restored, name, getattr(state, name))
+    assert fit(restored, make_job(restored, RAGGED, make_train(steps=10), **given)) == "finished"
+    assert (restored.step, restored.best, restored.costs) == (whole.step, whole.best, whole.costs)
+
+
+def test_what_was_best_by_another_metric_is_forgotten():
+    state = make_state(make_gpt())
+    state.costs, state.best = {"min loss": [0.001]}, {"step": 1, "val_loss": 0.001}
+    goal = Goal("f1_macro", "max")
+    found = {"val_loss": 2.0, "val_f1_macro": 0.5}
+    fit(state, make_job(state, RAGGED, make_train(steps=1), evaluate=lambda: found, goal=goal))
+    assert state.best == {"step": 1, **found}
+    assert state.costs == {"max f1_macro": [-0.5]}
 
 
 def test_a_signal_saves_and_stops_after_the_step():

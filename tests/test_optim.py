@@ -234,7 +234,9 @@ SCALES = st.dictionaries(GLOBS, st.sampled_from([0.0, 0.1, 0.5, 2.0]), max_size=
 
 
 @settings(max_examples=60)
-@given(lr=SCALES, decay=SCALES, layer_decay=st.sampled_from([1.0, 0.5]), freeze=st.sets(GLOBS.filter(lambda g: g != "*")))
+@given(
+    lr=SCALES, decay=SCALES, layer_decay=st.sampled_from([1.0, 0.5]), freeze=st.sets(GLOBS.filter(lambda g: g != "*"))
+)
 def test_each_parameter_is_claimed_once_with_its_multipliers(lr, decay, layer_decay, freeze):
     """Written out for each parameter: the last glob that fits its name or what it is in; blocks by their depth."""
     model = make_gpt()
@@ -271,8 +273,8 @@ def prefixes(name):
 @pytest.mark.parametrize(
     ("knob", "value", "near"),
     [
-        ("lr", {"embeding": 0.1}, "embedding"),
-        ("decay", {"blocks": 0.1, "blocks.7": 0.5}, "blocks.1"),
+        ("lr_scale", {"embeding": 0.1}, "embedding"),
+        ("decay_scale", {"blocks": 0.1, "blocks.7": 0.5}, "blocks.1"),
         ("freeze", ["blocks.0.atention"], "blocks.0.attention"),
     ],
 )
@@ -289,7 +291,7 @@ def test_a_glob_that_fits_nothing_is_an_error_that_names_the_nearest(knob, value
 def test_all_that_is_wrong_with_groups_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         param_groups(Toy(), lr_scale={"x": 1.0}, decay_scale={"y": 1.0}, freeze=["z", "*"], layer_decay=0.5)
-    assert [m.key for m in caught.value.misfits] == ["lr", "decay", "freeze", "freeze", "layer_decay"]
+    assert [m.key for m in caught.value.misfits] == ["lr_scale", "decay_scale", "freeze", "freeze", "layer_decay"]
 
 
 def test_multipliers_reach_the_update():

@@ -81,3 +81,44 @@ def test_weights_without_gradients_stay(name):
     optimizer.step()  # some only look at the first gradient
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {"linear.weight"}
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_takes_weights_of_every_dtype(name, dtype):
+    """They stay what they are and go the way of float64, as far as their digits reach."""
+    models = [make_toy(torch.float64), make_toy(dtype)]
+    for model in models:
+        steps(find("optim", name).load()(param_groups(model), **preset_without_interpolation(name)), model, 0, 4)
+    for (n, exact), p in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert p.dtype == dtype and p.isfinite().all(), n
+        near = {torch.float64: 0.0, torch.float32: 1e-3, torch.bfloat16: 0.15}[dtype]
+        if name == "soap" and near:
+            near = 0.15  # eigenvectors of eigenvalues that are all but equal turn with the last digit
+        assert (p.double() - exact).norm() <= near * exact.norm(), n
+
+
+@EVERY
+def test_finds_the_lowest_point_of_a_bowl(name):
+    """A convex problem, badly scaled and turned: 400 steps with a falling rate, the best of some rates."""
+    values = preset_without_interpolation(name)
+    torch.manual_seed(0)
+    target = torch.randn(6, 4, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    bowl = turn @ torch.diag(torch.logspace(-1, 0.3, 6, dtype=torch.float64)) @ turn.T
+
+    def lowest(rate):
+        layer = torch.nn.Linear(4, 6, bias=False, dtype=torch.float64)
+        optimizer = find("optim", name).load()(param_groups(layer), **values | {"lr": rate})
+        for step in range(400):
+            off = layer.weight - target
+            loss = 0.5 * (off * (bowl @ off)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / 400)
+            optimizer.step()
+        return loss.item()
+
+    start = 0.5 * (target * (bowl @ target)).sum().item()
+    assert np.nanmin([lowest(rate) for rate in (10.0, 1.0, 0.1, 0.01)]) < 0.01 * start

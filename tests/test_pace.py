@@ -11,7 +11,7 @@ from toy import make_gpt, make_job, make_state, make_train, make_windows
 
 from llmtrain import checkpoint
 from llmtrain.build import find, parts
-from llmtrain.compose import compose_jobs, prepare
+from llmtrain.compose import compose_jobs, mend, prepare
 from llmtrain.config import read
 from llmtrain.data.tokens import Windows
 from llmtrain.loop import Length, fit
@@ -122,11 +122,11 @@ def test_decay_of_regularization_follows_its_schedule_and_the_rate():
 
 def test_a_plain_loop_with_moving_betas_is_the_same():
     model, plain = make_gpt(std=0.3).double(), make_gpt(std=0.3).double()
-    state = make_state(model, OPTIMIZERS["adamw"])
+    state = make_state(model, partial(OPTIMIZERS["adamw"], eps=1e-3))
     job = make_job(state, make_windows(), make_train(steps=6, batch_size=8), pace=MOVING)
     fit(state, job)
     groups = [{"params": g["params"], "weight_decay": 0.3 if g["kind"] == "shrink" else 0} for g in param_groups(plain)]
-    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-3, foreach=False, fused=False)
     peaks = [g["weight_decay"] for g in theirs.param_groups]
     for step in range(6):
         micro = job.loader.step(step * 8).micro[0]
@@ -143,7 +143,7 @@ def test_a_plain_loop_with_moving_betas_is_the_same():
 
 @pytest.mark.parametrize("frozen_rate", ["embedding", "blocks", "*"])
 def test_a_multiplier_of_zero_leaves_the_rate_of_the_others(frozen_rate):
-    groups = param_groups(make_gpt(), lr={frozen_rate: 0.0})
+    groups = param_groups(make_gpt(), lr_scale={frozen_rate: 0.0})
     optimizer = remember(torch.optim.SGD(groups, lr=0.2))
     assert Pace(lambda *at: 0.5).set(optimizer, 1, 9, ()) == Moment(1, 9, 0.1, 1.0)
     assert [g["lr"] for g in optimizer.param_groups] == [0.1 * g["lr_scale"] for g in groups]
@@ -312,7 +312,7 @@ def test_a_run_that_stopped_within_a_batch_schedule_goes_on_to_the_last_bit(tmp_
 
 def misfits(*given):
     prepare(None)
-    [job] = compose_jobs("config", ["train.device=cpu", "precision=fp32", *given], False)
+    [job] = compose_jobs("config", ["train.device=cpu", "precision=fp32", *map(mend, given)], False)
     config, wrong = read(job.values)
     assert not wrong, wrong
     return {misfit.key for misfit in part_misfits(config)}

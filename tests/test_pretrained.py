@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from made import byte
 from runs import llmtrain, tiny, write_text
 from safetensors.torch import load_file, save_file
 
@@ -13,7 +14,6 @@ from llmtrain.knobs import ConfigError, UserError
 from llmtrain.models.families import FAMILIES, links
 from llmtrain.models.pretrained import hf
 from llmtrain.models.transformer import Transformer, count_parameters
-from llmtrain.tokenizer import byte
 from llmtrain.types import DataSpec
 
 transformers = pytest.importorskip("transformers")

@@ -429,11 +429,11 @@ def test_the_loop_adds_penalties_cuts_and_adds_noise_in_this_order():
                 p.grad += 0.05 * (1 + step) ** (-0.55 / 2) * torch.randn_like(p.grad)
             rate = 0.1 * falling_rate(step, 3, ())
             for w in matrices:
-                w *= 1 - rate * 0.5 * 0.1
+                w.mul_(1 - rate * 0.5 * 0.1)
             for p in plain.parameters():
-                p -= rate * p.grad
+                p.sub_(rate * p.grad)
             for w in matrices:
-                w *= (0.8 / w.norm(dim=1, keepdim=True)).clamp(max=1)
+                w.mul_((0.8 / w.norm(dim=1, keepdim=True)).clamp(max=1))
         kept.append(copies(plain.parameters()))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-12, rtol=1e-10)
@@ -521,12 +521,12 @@ def climb(model, mean, rho):
     moves = [rho * p.grad / length for p in weights]
     with torch.no_grad():
         for p, move in zip(weights, moves, strict=True):
-            p += move
+            p.add_(move)
     model.zero_grad()
     mean().backward()
     with torch.no_grad():
         for p, move in zip(weights, moves, strict=True):
-            p -= move
+            p.sub_(move)
     return loss.item()
 
 
@@ -629,9 +629,7 @@ def test_sam_goes_with_float16_and_its_overflows():
         if after[0] == before[0]:
             assert torch.equal(after[3], before[3])  # not even a bit of the weights has moved
     state = make_state(make_gpt(std=0.3), partial(sgd, lr=0.5, momentum=0.9, dampening=0.0, nesterov=False))
-    job = make_job(
-        state, make_windows(), make_train(steps=6, batch_size=8, grad_clip=1.0), regularization={"sam": 0.5}
-    )
+    job = make_job(state, make_windows(), make_train(steps=6, batch_size=8, grad_clip=1.0), regularization={"sam": 0.5})
     fit(state, job)
     assert calm.job.watcher.losses() == pytest.approx(job.watcher.losses(), rel=5e-3)
     assert all(math.isfinite(loss) for loss in rough.job.watcher.losses())

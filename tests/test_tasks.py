@@ -3,18 +3,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from made import bpe, byte, char
 from runs import llmtrain
-from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error
+from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error, r2_score
 
 from llmtrain.build import Choice, choose, parts
 from llmtrain.data.rows import Rows, guess
 from llmtrain.knobs import ConfigError, UserError
+from llmtrain.metrics import Goal, direction
 from llmtrain.run import counted
 from llmtrain.tasks import (
     Task,
@@ -22,13 +25,15 @@ from llmtrain.tasks import (
     causal_lm,
     classification,
     counts,
+    gathered,
+    goal_of,
     masked_lm,
+    measuring,
     multilabel,
     probabilistic_regression,
     regression,
     with_baseline,
 )
-from llmtrain.tokenizer import bpe, byte, char
 from llmtrain.topics import option_values
 from llmtrain.types import Data, DataSpec, Setup
 
@@ -187,22 +192,27 @@ def test_accuracy_and_loss_of_classes() -> None:
 def test_errors_of_numbers_equal_scikit_learns() -> None:
     task = regression(DataSpec(shape=(2,), outputs=2), None)
     outputs, targets = torch.randn(20, 2), torch.randn(20, 2)
-    metrics = task.metrics(task.score(outputs, targets).double().sum(0).tolist(), 20, 20.0)
     mse = mean_squared_error(targets, outputs)
-    assert metrics == {
+    expected = {
         "loss": pytest.approx(mse, rel=1e-6),
         "rmse": pytest.approx(math.sqrt(mse), rel=1e-6),
         "mae": pytest.approx(mean_absolute_error(targets, outputs), rel=1e-6),
+        "r2": pytest.approx(r2_score(targets, outputs), rel=1e-5),
     }
+    assert measured(task, outputs, targets.numpy()) == expected
+    assert measured(task, outputs, targets.numpy(), ["mse"]) == {"loss": expected["loss"], "mse": expected["loss"]}
     assert blank_targets(task, DataSpec(shape=(2,), outputs=2), 3).shape == (3, 2)
 
 
-def measured(task: Task, outputs: Any, targets: Any) -> dict[str, float]:
-    """The metrics of outputs on targets as the data gives them."""
-    targets = np.asarray(targets)
+def measured(task: Task, outputs: Any, targets: Any, names: list[str] | None = None) -> dict[str, float]:
+    """The metrics of outputs on targets as the data gives them, the usual ones if none are asked for."""
+    targets, task = np.asarray(targets), measuring(task, names)
     _, asked, mask = task.vary(np.empty(0), targets, np.ones(len(targets), dtype=bool), [])
-    sums = task.score(torch.as_tensor(outputs, dtype=torch.float32), torch.from_numpy(asked)).double().sum(0).tolist()
-    return task.metrics(sums, int(mask.sum()), 0.0)
+    given = torch.as_tensor(outputs, dtype=torch.float32), torch.from_numpy(asked)
+    meters = [make() for make in task.meters]
+    for meter in meters:
+        meter.update(*given, torch.from_numpy(mask))
+    return gathered(task, task.score(*given).double().sum(0).tolist(), int(mask.sum()), 0.0, meters)
 
 
 NUMBERS = DataSpec(shape=(2,), outputs=2)
@@ -223,8 +233,9 @@ def test_likelihood_and_coverage_of_numbers() -> None:
         "rmse": pytest.approx(math.sqrt(mean_squared_error(targets, mean)), rel=1e-5),
         "mae": pytest.approx(mean_absolute_error(targets, mean), rel=1e-5),
         "coverage": pytest.approx(0.9, abs=0.01),
+        "r2": pytest.approx(r2_score(targets, mean), rel=1e-5),
     }
-    assert task.words(got).endswith(f"90% interval holds {got['coverage']:.1%}")
+    assert f"90% interval holds {got['coverage']:.1%}" in task.words(got)
     edge = NORMAL(0.0, 2.0).icdf(torch.tensor(0.95)).item()
     wide = [[0.0, 0.0, math.log(4), math.log(4)]]
     assert measured(task, wide, np.array([[0.999 * edge, -1.001 * edge]], dtype=np.float32))["coverage"] == 0.5
@@ -241,6 +252,7 @@ def test_metrics_of_counts() -> None:
         "loss": pytest.approx(-torch.distributions.Poisson(rates).log_prob(targets).mean().item(), rel=1e-5),
         "rmse": pytest.approx(math.sqrt(mean_squared_error(targets, rates)), rel=1e-5),
         "mae": pytest.approx(mean_absolute_error(targets, rates), rel=1e-5),
+        "r2": pytest.approx(r2_score(targets, rates), rel=1e-4),
     }
 
 
@@ -257,12 +269,12 @@ def test_answers_equal_scikit_learns() -> None:
         "loss": pytest.approx(nats.item(), rel=1e-5),
         "accuracy": pytest.approx((said == targets.numpy()).mean()),
         "top": pytest.approx(surest.mean().item()),
-        "f1": pytest.approx(f1_score(targets.numpy(), said, average="macro", zero_division=0)),
+        "f1_macro": pytest.approx(f1_score(targets.numpy(), said, average="macro", zero_division=0)),
     }
-    assert f"F1 {got['f1']:.3f}" in task.words(got)
+    assert f"F1 macro {got['f1_macro']:.4f}" in task.words(got)
     targets[:, 3] = 0.0  # and never true
     theirs = f1_score(targets.numpy(), said, average="macro", zero_division=0)
-    assert measured(task, outputs, targets.numpy())["f1"] == pytest.approx(theirs)
+    assert measured(task, outputs, targets.numpy())["f1_macro"] == pytest.approx(theirs)
 
 
 def test_classes_become_a_question_each() -> None:
@@ -277,6 +289,74 @@ def test_classes_become_a_question_each() -> None:
     assert top == measured(classification(spec, None), outputs, classes)["accuracy"]
     taken = np.array([[1.0, 0.0, 1.0]], dtype=np.float32)
     assert task.vary(np.zeros((1, 2)), taken, np.ones(1, dtype=bool), [])[1] is taken
+
+
+# -- which metrics --------------------------------------------------------------------------------------------
+
+
+def every_task() -> dict[str, Task]:
+    labels = (classification, multilabel, regression, probabilistic_regression, counts)
+    tasks = [*(part(NUMBERS, None) for part in labels), causal_lm(TEXT, byte([])), masked()[0]]
+    return {task.name: task for task in tasks}
+
+
+USUAL = {
+    "causal_lm": ["loss", "perplexity", "bits_per_byte"],
+    "masked_lm": ["loss", "perplexity", "accuracy"],
+    "classification": ["loss", "accuracy", "f1_macro"],
+    "multilabel": ["loss", "accuracy", "top", "f1_macro"],
+    "regression": ["loss", "rmse", "mae", "r2"],
+    "probabilistic_regression": ["loss", "rmse", "mae", "coverage", "r2"],
+    "counts": ["loss", "rmse", "mae", "r2"],
+}
+
+
+def test_each_task_has_its_usual_metrics_and_measures_every_one_it_names() -> None:
+    tasks = every_task()
+    assert {name: list(measuring(task, None).chosen) for name, task in tasks.items()} == USUAL
+    for name, task in tasks.items():
+        assert len(set(task.known)) == len(task.known)
+        assert all(k == "coverage" or direction(k) for k in task.known)
+        if task.read is not None or task.answer is not None:
+            torch.manual_seed(0)
+            outputs, targets = torch.randn(9, task.asked(NUMBERS).outputs), blank_targets(task, NUMBERS, 9)
+            assert list(measured(task, outputs, targets.numpy())) == USUAL[name]
+            assert list(measured(task, outputs, targets.numpy(), [*task.known])) == [*task.known]
+
+
+def test_columns_are_means_over_the_targets_that_count() -> None:
+    task = measuring(causal_lm(DataSpec(vocab=9, context=4), None), ["top_3", "accuracy"], "top_2")
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(5, 4, 9), torch.randint(0, 9, (5, 4))
+    mask = torch.rand(5, 4) > 0.3
+    sums = (task.score(outputs, targets) * mask.unsqueeze(-1)).flatten(0, -2).sum(0).double().tolist()
+    count = int(mask.sum())
+    got = gathered(task, sums, count, 0.0, [])
+    assert list(got) == ["loss", "top_3", "accuracy", "top_2"]
+    ranks = (outputs.argsort(-1, descending=True) == targets.unsqueeze(-1)).int().argmax(-1)[mask]
+    for name, k in (("top_3", 3), ("accuracy", 1), ("top_2", 2)):
+        assert got[name] == pytest.approx((ranks < k).float().mean().item())
+    assert got["loss"] == pytest.approx(sums[0] / count)
+
+
+def test_a_wrong_name_is_a_misfit_that_lists_the_right_ones() -> None:
+    task = every_task()["regression"]
+    with pytest.raises(ConfigError, match="there are loss, mse, rmse, mae, r2") as found:
+        measuring(task, ["rsme", "mae"], "accuracy")
+    assert [(m.key, m.value, m.suggestion) for m in found.value.misfits] == [
+        ("metrics", "rsme", "rmse"),
+        ("monitor", "accuracy", None),
+    ]
+
+
+def test_what_is_best_follows_from_the_metric_or_is_said() -> None:
+    section = {"monitor": "loss", "mode": "auto", "patience": 3, "min_delta": 0.1}
+    assert goal_of(SimpleNamespace(**section)) == Goal("loss", "min", 3, 0.1)
+    assert goal_of(SimpleNamespace(**section | {"monitor": "f1_macro"})).mode == "max"
+    assert goal_of(SimpleNamespace(**section | {"monitor": "f1_macro", "mode": "min"})).mode == "min"
+    with pytest.raises(ConfigError, match="whether higher or lower is better for coverage; say min or max"):
+        goal_of(SimpleNamespace(**section | {"monitor": "coverage"}))
+    assert goal_of(SimpleNamespace(**section | {"monitor": "coverage", "mode": "max"})).key == "max coverage"
 
 
 # -- what a guess reaches -------------------------------------------------------------------------------------
@@ -318,7 +398,7 @@ def test_the_guess_of_a_task_is_the_best_constant_answer(kind: Any) -> None:
     for part, answer in answers.items():
         sides = [side.clip(0, 1) if part is multilabel else side for side in (train, val, test)]
         data = labelled(sides[0], sides[1], 2, sides[2], kind)
-        task = part(data.spec, None)
+        task = measuring(part(data.spec, None), None)
         judged = with_baseline(data, task)
         for (_, reached), side in zip((judged.baseline, judged.test_baseline or ("", {})), sides[1:], strict=True):
             expected = measured(task, np.tile(answer, (len(side), 1)), side)
@@ -422,7 +502,7 @@ def test_a_run_with_its_own_number_of_outputs_is_opened_again(tmp_path: Path) ->
     run = tmp_path / "runs" / "x"
     code, text = llmtrain(["eval", f"run={run}"], tmp_path)
     assert code == 0, text
-    told = json.loads((run / "eval.json").read_text())
+    told = json.loads((run / "eval" / "metrics.json").read_text())
     assert told["val_loss"] == pytest.approx(result["metrics"]["val_loss"], rel=1e-6)
     code, text = llmtrain(["export", f"run={run}", "format=safetensors", f"out={tmp_path / 'out'}"], tmp_path)
     assert code == 0, text

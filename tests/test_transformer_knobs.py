@@ -357,6 +357,44 @@ def test_the_finer_dropouts_yield_to_their_own():
     assert (model.embedding.dropout.p, model.blocks[0].attention.dropout, model.blocks[0].dropout.p) == (0.0, 0.2, 0.1)
 
 
+# -- several documents in a sample ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "knobs",
+    [{"position": p} for p in ("learned", "sinusoidal", "alibi", "rope", "none")] + [{"window": 2}, {"kv_heads": 1}],
+)
+def test_documents_in_one_sample_are_as_each_alone(knobs: dict[str, Any], causal: bool):
+    """Values and gradients; documents begin with token 0, the first of a sample maybe in its middle."""
+    torch.manual_seed(0)
+    knobs = KNOBS | knobs | {"causal": causal}
+    packed = transformer(DataSpec(vocab=11, context=8, boundary=0), **knobs | {"document_mask": True}).double()
+    alone = transformer(DataSpec(vocab=11, context=8), **knobs).double()
+    alone.load_state_dict(packed.state_dict())
+    rows = [[[3, 4, 5], [0, 6, 7], [0, 1]], [[0], [0, 2, 2, 9], [0, 5, 4]]]
+    got = packed(torch.tensor([sum(row, []) for row in rows]))
+    want = torch.stack([torch.cat([alone(torch.tensor([d]))[0] for d in row]) for row in rows])
+    torch.testing.assert_close(got, want, atol=1e-6 if knobs["position"] == "rope" else 1e-12, rtol=0)
+    draw = torch.randn_like(got)
+    ours, theirs = (
+        torch.autograd.grad((y * draw).sum(), list(m.parameters())) for y, m in ((got, packed), (want, alone))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 if knobs["position"] == "rope" else 1e-11, rtol=0)
+
+
+def test_without_a_boundary_documents_see_each_other():
+    tokens = torch.tensor([[3, 4, 0, 6, 7]])
+    other = torch.tensor([[5, 4, 0, 6, 7]])
+    for boundary, same in ((None, False), (0, True)):
+        torch.manual_seed(0)
+        model = transformer(
+            DataSpec(vocab=11, context=8, boundary=boundary), **KNOBS | {"document_mask": boundary is not None}
+        ).eval()
+        assert torch.equal(model(tokens)[0, 2:], model(other)[0, 2:]) is same
+
+
 # -- what does not fit ----------------------------------------------------------------------------------------
 
 

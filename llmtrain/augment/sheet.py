@@ -61,7 +61,7 @@ def sheet(
     try:
         from PIL import Image
     except ImportError:
-        raise UserError("a picture of samples needs Pillow: pip install 'llmtrain[plots]'") from None
+        raise UserError("a picture of samples needs Pillow: pip install 'llmtrain[images]'") from None
     found = versions(augment, samples, indices, count, seed)
     if found.ndim != 5:
         raise UserError("a picture of samples goes with images; these are tokens or rows of numbers")

@@ -31,7 +31,7 @@ def table(
         mixup: Chance, 0 to 1, that a row is blended with the next, numbers and losses alike (Zhang et al. 2018,
             arXiv:1710.09412). Raise: more blends. Lower: fewer.
         mixup_alpha: The share of each in a blend is drawn from a beta distribution with this for both parameters.
-            Raise: more even blends. Lower: nearly one of the two; 0.2 is usual.
+            Raise: more even blends. Lower: nearly one of the two; 0.2 is common.
 
     Raises:
         ConfigError: If the data has no rows of numbers, or the chance is above 1.

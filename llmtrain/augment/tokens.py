@@ -122,6 +122,6 @@ class Text:
 
 def _moved_up(tokens: Tensor, kept: Tensor, pad: int) -> Tensor:
     """The tokens that are kept, in their order, with padding after them."""
-    order = (~kept).long().argsort(1, stable=True)
+    order = (~kept).long().argsort(dim=1, stable=True)
     after = torch.arange(tokens.size(1), device=tokens.device) >= kept.sum(1, keepdim=True)
     return torch.where(after, pad, tokens.gather(1, order))

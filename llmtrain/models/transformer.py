@@ -42,6 +42,7 @@ def transformer(
     context: Count,
     causal: bool,
     window: Count | None,
+    document_mask: bool,
     activation: Literal["sigmoid", "tanh", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"],
     norm: Literal["layernorm", "rmsnorm", "batchnorm", "none"],
     norm_eps: Positive,
@@ -97,6 +98,9 @@ def transformer(
             for masked language modelling and classification.
         window: Tokens that attention sees, the token itself among them, to each side it may look (Beltagy et
             al. 2020, arXiv:2004.05150). Raise: longer reach per layer. Lower: more local. null sees all.
+        document_mask: true: where a sample holds several documents, no token sees those before its own, and
+            positions begin anew, as if each were alone (Llama Team 2024, arXiv:2407.21783, 3.2). false: the
+            documents before are seen too, which is faster.
         activation: sigmoid: 1 / (1 + exp(-x)). tanh: saturates at both ends. relu: cheapest. relu2: squared
             relu (So et al. 2021), often better per step. gelu: smooth, exact. gelu_tanh: its tanh
             approximation, GPT-2's own. silu: x * sigmoid(x). swiglu: gated by silu, Llama's. geglu: gated by
@@ -200,6 +204,11 @@ def transformer(
             parallel_block,
             f"reads one norm for both branches: it goes with norm_place=pre, not {norm_place}",
         ),
+        document_mask=(
+            not document_mask or data.boundary is not None,
+            document_mask,
+            "needs data of documents, one after the other, and a tokenizer with a token for the end of a text",
+        ),
         context=(
             data.context <= context,
             context,
@@ -236,6 +245,7 @@ def transformer(
     for block in blocks:  # two branches per block add to the stream: init scales them down by their number
         for last in (block.attention.out, block.ffn.down):
             setattr(last, "residual_branches", 2 * layers)  # noqa: B010
+    boundary = data.boundary if document_mask else None
     padded_vocab = -(-data.vocab // vocab_multiple) * vocab_multiple
     embedding = Embedding(
         nn.Embedding(padded_vocab, width),
@@ -246,6 +256,7 @@ def transformer(
         segments=nn.Embedding(segment_types, width) if segment_types else None,
         norm=a_norm() if embedding_norm else nn.Identity(),
         dropout=dropout if embedding_dropout is None else embedding_dropout,
+        boundary=boundary,
     )
     output = _make_output(
         data, width, padded_vocab, head, head_bias, pooling, tied_embeddings, a_norm(), activation, logit_softcap
@@ -255,7 +266,7 @@ def transformer(
         blocks,
         nn.Identity() if norm_place == "post" else a_norm(),
         output,
-        Sight(causal, window, data.pad),
+        Sight(causal, window, data.pad, boundary),
         context=context,
         rope=rotary_angles(context, rotated, rope_base, rope_scaling) if position == "rope" else None,
         slopes=alibi_slopes(heads) if position == "alibi" else None,
@@ -314,11 +325,13 @@ class Sight(NamedTuple):
         causal: Only those before it, and itself.
         window: Only those nearer than this, or None.
         pad: The token that nobody sees, or None.
+        boundary: The token that a document begins with, beyond which nobody sees, or None.
     """
 
     causal: bool
     window: int | None
     pad: int | None
+    boundary: int | None = None
 
     def mask(self, tokens: Tensor, start: int, slopes: Tensor | None = None) -> tuple[Tensor | None, bool]:
         """For tokens (B, T) after `start` others: a mask for `layers.attend`, and whether plainly causal.
@@ -329,8 +342,9 @@ class Sight(NamedTuple):
             slopes: (H,) what a token of distance takes off the scores, or None.
         """
         T = tokens.size(1)
-        padded = self.pad is not None and start == 0  # what goes on with a text has no padding
-        plain = self.window is None and slopes is None and not padded
+        padded = self.pad is not None and start == 0  # what goes on with a text has no padding, and is one document
+        parted = self.boundary is not None and start == 0
+        plain = self.window is None and slopes is None and not padded and not parted
         if plain and (not self.causal or start == 0 or T == 1):
             return None, self.causal and T > 1
         here = torch.arange(start, start + T, device=tokens.device)
@@ -341,6 +355,9 @@ class Sight(NamedTuple):
         if padded:
             assert self.pad is not None
             seen = seen & tokens.ne(self.pad)[:, None, None, :]
+        if parted:
+            document = tokens.eq(self.boundary).cumsum(1)
+            seen = seen & (document[:, None, :, None] == document[:, None, None, :])
         if slopes is None:
             return seen, False
         lowered = -slopes[:, None, None] * ahead.abs()
@@ -363,8 +380,10 @@ class Embedding(nn.Module):
         segments: nn.Embedding | None,
         norm: nn.Module,
         dropout: float,
+        boundary: int | None,
     ):
         super().__init__()
+        self.boundary = boundary
         self.tokens, self.project, self.segments, self.norm = tokens, project, segments, norm
         self.positions = positions if isinstance(positions, nn.Embedding) else None
         self.register_buffer("fixed", positions if isinstance(positions, Tensor) else None, persistent=False)
@@ -379,10 +398,18 @@ class Embedding(nn.Module):
         table = self.positions.weight if self.positions is not None else self.fixed
         if table is not None:
             rows = table[self.offset + start : self.offset + start + tokens.size(1)]
+            if self.boundary is not None and start == 0:
+                rows = rows[_places(tokens, self.boundary)]
             x = x + (rows if self.project is None else self.project(rows))
         if self.segments is not None:
             x = x + self.segments.weight[0]
         return self.dropout(self.norm(x))
+
+
+def _places(tokens: Tensor, boundary: int) -> Tensor:
+    """(B, T) how many tokens of its document come before each: documents begin with the boundary."""
+    at = torch.arange(tokens.size(1), device=tokens.device)
+    return at - torch.where(tokens == boundary, at, 0).cummax(1).values
 
 
 class Block(nn.Module):

@@ -21,7 +21,7 @@ def adam(
         lr: Step size at the peak of the schedule. Raise: faster, then divergence. Lower: stabler, slower.
         beta1: Decay of the first moment, the mean gradient. Raise: smoother direction, slower to turn. Lower:
             follows each gradient.
-        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier step sizes, slow to see
+        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier rates, slow to see
             a change of scale. Lower: adapts faster, noisier; 0.95 is usual for language models.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.
@@ -47,7 +47,7 @@ def adamw(
         lr: Step size at the peak of the schedule. Raise: faster, then divergence. Lower: stabler, slower.
         beta1: Decay of the first moment, the mean gradient. Raise: smoother direction, slower to turn. Lower:
             follows each gradient.
-        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier step sizes, slow to see
+        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier rates, slow to see
             a change of scale. Lower: adapts faster, noisier; 0.95 is usual for language models.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.
@@ -74,7 +74,7 @@ def nadam(
         lr: Step size at the peak of the schedule. Raise: faster, then divergence. Lower: stabler, slower.
         beta1: Decay of the first moment, the mean gradient. Raise: smoother direction, slower to turn. Lower:
             follows each gradient.
-        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier step sizes, slow to see
+        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier rates, slow to see
             a change of scale. Lower: adapts faster, noisier; 0.95 is usual for language models.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.
@@ -94,7 +94,7 @@ def radam(params: ParamGroups, *, lr: Positive, beta1: Fraction, beta2: Fraction
         lr: Step size at the peak of the schedule. Raise: faster, then divergence. Lower: stabler, slower.
         beta1: Decay of the first moment, the mean gradient. Raise: smoother direction, slower to turn. Lower:
             follows each gradient.
-        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier step sizes, slow to see
+        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier rates, slow to see
             a change of scale. Lower: adapts faster, noisier; 0.95 is usual for language models.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.
@@ -126,7 +126,7 @@ def rmsprop(
 
     Args:
         lr: Step size at the peak of the schedule. Raise: faster, then divergence. Lower: stabler, slower.
-        rho: Decay of the mean squared gradient. Raise: steadier step sizes, slow to see a change of scale. Lower:
+        rho: Decay of the mean squared gradient. Raise: steadier rates, slow to see a change of scale. Lower:
             adapts faster, noisier.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.
@@ -163,7 +163,7 @@ def adadelta(params: ParamGroups, *, lr: Positive, rho: Fraction, eps: Positive)
 
     Args:
         lr: Factor on the steps, 1 in the paper. Raise: faster, then divergence. Lower: stabler, slower.
-        rho: Decay of both mean squares. Raise: steadier step sizes, slow to start. Lower: adapts faster, noisier.
+        rho: Decay of both mean squares. Raise: steadier rates, longer first steps. Lower: adapts faster, noisier.
         eps: Added to both mean squares. Raise: larger first steps, for they grow from sqrt(eps). Lower: a slower
             start.
     """

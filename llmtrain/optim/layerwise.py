@@ -26,7 +26,7 @@ def lamb(
             Lower: stabler, slower.
         beta1: Decay of the first moment, the mean gradient. Raise: smoother direction, slower to turn. Lower:
             follows each gradient.
-        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier step sizes, slow to see
+        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier rates, slow to see
             a change of scale. Lower: adapts faster, noisier; 0.95 is usual for language models.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.

@@ -36,7 +36,7 @@ def schedule_free_adamw(
             stabler, slower.
         beta1: Share of the average in the weights that train; it stands for momentum. Raise: nearer to the average,
             calmer; 0.95 to 0.98 for long runs. Lower: nearer to the newest steps; towards 0 it is plain averaging.
-        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier step sizes, slow to see
+        beta2: Decay of the second moment, the mean squared gradient. Raise: steadier rates, slow to see
             a change of scale. Lower: adapts faster, noisier; 0.95 is usual for language models.
         eps: Added to the root of the second moment. Raise: smaller steps where gradients are tiny. Lower:
             full steps there; too low overflows in low precision.

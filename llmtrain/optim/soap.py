@@ -40,7 +40,7 @@ def soap(
             slower.
         beta1: Decay of the first moment, the mean gradient. Raise: smoother direction, slower to turn. Lower:
             follows each gradient.
-        beta2: Decay of the second moment, the mean squared gradient in the basis. Raise: steadier step sizes, slow to
+        beta2: Decay of the second moment, the mean squared gradient in the basis. Raise: steadier rates, slow to
             see a change of scale. Lower: adapts faster, noisier.
         shampoo_beta: Decay of L and R; null: as beta2. Raise: a steadier basis, slow to turn. Lower: follows the newest
             gradients.

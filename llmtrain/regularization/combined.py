@@ -48,7 +48,8 @@ def combined(
         l1: lambda of lambda * sum|w| added to the loss (Tibshirani 1996). Raise: more weights at or near
             zero, then underfitting. Lower: fits closer; 0 is off.
         l1_step: subgradient: adds lambda * sign(w) to the gradient, so weights hover near zero. proximal:
-            soft-thresholds by lr * lambda after the step (ISTA), which gives exact zeros.
+            soft-thresholds by lr * lambda after the step (ISTA), which gives exact zeros; an optimizer whose steps are
+            not lr * gradient (SGD with momentum m: 1 / (1 - m) times that) weighs the loss by as much more against it.
         l2: lambda of lambda * sum(w^2) added to the loss (ridge); the optimizer sees its gradient
             2 * lambda * w. Raise: smaller weights, then underfitting. Lower: fits closer; 0 is off.
         weight_decay: Each step multiplies the weights by 1 - lr * weight_decay, past the optimizer
