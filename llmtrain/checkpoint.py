@@ -388,9 +388,10 @@ def _best_of(found: list[Path], step: int | None) -> Path | None:
     for path in found:
         if _step(path) == step:
             return path
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, LookupError):  # broken, or saved before anything was judged
             record = json.loads((path / "state.json").read_text())
-            costs |= {path: known[-1] for known in record["costs"].values() if known}
+            (known,) = record["costs"].values()
+            costs[path] = known[-1]
     return min(costs, key=lambda path: costs[path], default=None)
 
 

@@ -85,15 +85,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Params:
-    """Which parameters are treated apart, with any optimizer. Keys are globs over names of parameters and of what they
-    are in (`head` fits `head.weight`); the last match counts, and a glob without a match is an error.
-    `llmtrain show optim=adam` lists the groups that come of it.
+    """Which parameters are treated apart, with any optimizer.
+
+    Keys are globs over names of parameters and of what they are in (`head` fits `head.weight`); the last match counts,
+    and a glob without a match is an error. `llmtrain show optim=adam` lists the groups that come of it.
 
     Args:
-        lr_scale: Multipliers of the learning rate: params.lr_scale={embedding:0.1}. Raise: that part learns faster. Lower: it
-            learns slower.
-        decay_scale: Multipliers of weight decay, L1 and L2, which are 1 for matrices and kernels and 0 for biases, norms and
-            embeddings: params.decay_scale={head:0}. Raise: smaller weights there. Lower: that part is left alone.
+        lr_scale: Multipliers of the learning rate: params.lr_scale={embedding:0.1}. Raise: that part learns faster.
+            Lower: it learns slower.
+        decay_scale: Multipliers of weight decay, L1 and L2, which are 1 for matrices and kernels and 0 for biases,
+            norms and embeddings: params.decay_scale={head:0}. Raise: smaller weights there. Lower: that part is left
+            alone.
         layer_decay: Rate of each block over that of the block after it (Howard & Ruder 2018, arXiv:1801.06146; Bao et
             al. 2022, arXiv:2106.08254). Raise: all learn alike; 1 is off. Lower: early blocks and embeddings keep
             what they have; 0.65 to 0.95 is usual when a trained model is trained on.

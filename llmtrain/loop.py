@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import gc
 import math
-import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from llmtrain.checkpoint import TrainState
 from llmtrain.clipping import clip
-from llmtrain.config import Train
-from llmtrain.data.loader import Loader, Step
+from llmtrain.clock import Clock, Length
+from llmtrain.data.loader import Ahead, Loader, Step
 from llmtrain.distributed import total, total_count
 from llmtrain.metrics import Goal
 from llmtrain.pace import Moment, Pace
 from llmtrain.precision import Precision
 from llmtrain.regularization.average import in_place_of
 from llmtrain.regularization.regularizer import Regularizer
-
-_EXACT = 20_000
-"""Steps up to which the sizes of all batches are added up."""
 
 
 class Watcher(Protocol):
@@ -99,30 +94,24 @@ def fit(state: TrainState, job: Job) -> str:
         `finished`, `stopped` (by a signal, state saved) or `diverged` (the loss is no longer a number).
     """
     state.model.train()
-    clock = _Clock(state)
-    batch = job.loader.step(state.samples)
-    if state.costs.keys() != {job.goal.key}:  # what was the best by another metric tells nothing of this one
-        state.costs, state.best = {job.goal.key: []}, {}
-    costs = state.costs[job.goal.key]
+    clock, ahead, costs = Clock(state.seconds, state.step, state.samples), Ahead(job.loader), _costs(state, job.goal)
     last = state.step >= job.length.steps(state.step, clock.seconds()) or job.goal.missed(costs)
     with _collector_held():
         while not last:
             steps = max(job.length.steps(state.step, clock.seconds()), state.step + 1)
             now = job.pace.set(state.optimizer, state.step, steps, state.losses)
-            pieces = job.pace.pieces(job.loader.accumulate, state.step, steps, state.losses)
-            if len(batch.micro) != pieces:  # another size than was foreseen
-                batch = job.loader.step(state.samples, pieces)
+            with clock.loading():
+                batch = ahead.take(state.samples, _pieces(state, job, now.step, steps))
             loss = _gradients(state, job, batch)
             state.samples += batch.samples
-            pieces = job.pace.pieces(job.loader.accumulate, state.step + 1, steps, state.losses)
-            with clock.loading():
-                batch = job.loader.step(state.samples, pieces)  # read and copied while the device computes
-            scale = state.scaler.get_scale() if state.scaler.is_enabled() else 1.0
-            applied = _update(state, job, now, loss)
+            with clock.loading():  # read and copied while the device computes
+                ahead.read(state.samples, _pieces(state, job, now.step + 1, steps))
+            outcome = _update(state, job, now, loss)
+            if outcome == "diverged":
+                return outcome
+            applied = outcome == "applied"
             if applied:
                 state.step += 1
-            elif hopeless(loss, state.scaler, scale):
-                return "diverged"
             else:  # float16 overflowed: neither the weights nor the schedule move
                 state.skipped += 1
                 if not job.stop():
@@ -132,18 +121,14 @@ def fit(state: TrainState, job: Job) -> str:
 
             every = (job.log_every, job.eval_every, job.save_every)
             log, judge, keep = (last or (applied and due(state.step, e)) for e in every)
-            if (log or ((judge or keep or stop) and not _finite(state.pending))) and state.pending:
-                metrics = _measure(state, job, now.lr, clock)
-                job.watcher.measured(state.step, metrics)
-                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                    return "diverged"  # before anything is judged or saved
+            due_to_tell = log or ((judge or keep or stop) and not _finite(state.pending))
+            if due_to_tell and not _tell(state, job, now.lr, clock):
+                return "diverged"  # before anything is judged or saved
             with clock.paused():
                 if judge:
                     keep = (_evaluate(state, job, costs) and job.save_best) or keep
-                    if job.goal.missed(costs):
-                        last, keep, stop = True, True, False
-                        if state.pending:
-                            job.watcher.measured(state.step, _measure(state, job, now.lr, clock))
+                    if job.goal.missed(costs):  # the run ends here, as if it were its last step
+                        last, keep, stop = True, _tell(state, job, now.lr, clock), False
                 if keep or stop:
                     state.seconds = clock.seconds()
                     job.save(state)
@@ -152,6 +137,26 @@ def fit(state: TrainState, job: Job) -> str:
             if due(state.step, 1000):
                 gc.collect()
     return "finished"
+
+
+def _costs(state: TrainState, goal: Goal) -> list[float]:
+    """What each evaluation so far cost by the goal; what was the best by another tells nothing of this one."""
+    if state.costs.keys() != {goal.key}:
+        state.costs, state.best = {goal.key: []}, {}
+    return state.costs[goal.key]
+
+
+def _pieces(state: TrainState, job: Job, step: int, steps: int) -> int:
+    return job.pace.pieces(job.loader.accumulate, step, steps, state.losses)
+
+
+def _tell(state: TrainState, job: Job, lr: float, clock: Clock) -> bool:
+    """Tells the line of metrics since the last, if there is something; whether all that was learned by are numbers."""
+    if not state.pending:
+        return True
+    metrics = _measure(state, job, lr, clock)
+    job.watcher.measured(state.step, metrics)
+    return math.isfinite(metrics["loss"] + metrics["grad_norm"])
 
 
 def _evaluate(state: TrainState, job: Job, costs: list[float]) -> bool:
@@ -172,7 +177,7 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def hopeless(loss: Tensor, scaler: torch.amp.GradScaler, before: float) -> bool:
+def _hopeless(loss: Tensor, scaler: torch.amp.GradScaler, before: float) -> bool:
     """Whether a step that float16 skipped shows that no later one can succeed; `before` it the scale was that."""
     stuck = scaler.get_scale() >= before  # no gradient overflowed, their norm did
     return not math.isfinite(loss) or stuck or scaler.get_scale() < 2**-24
@@ -209,8 +214,8 @@ def _backward(state: TrainState, job: Job, batch: Step) -> Tensor:
     return total(torch.stack(sums).sum() if len(sums) > 1 else sums[0]) / count
 
 
-def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> bool:
-    """Turns the gradients into a step of the weights; False if float16 gradients overflowed."""
+def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> Literal["applied", "skipped", "diverged"]:
+    """Turns the gradients into a step of the weights; skips it where float16 gradients overflowed."""
     optimizer, scaler, regularizer = state.optimizer, state.scaler, job.regularizer
     with state.masters.lifted() if state.masters is not None else nullcontext():
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
@@ -225,15 +230,18 @@ def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> bool:
             scaler.step(optimizer) if scaler.is_enabled() else optimizer.step()
             regularizer.after_update(now)
             state.pending.append(torch.stack((loss.float(), norm.float(), cut.float())))
+        scale = scaler.get_scale()
         if scaler.is_enabled():
             scaler.update()
         optimizer.zero_grad(set_to_none=True)
-    if applied and regularizer.average is not None:
+    if not applied:
+        return "diverged" if _hopeless(loss, scaler, scale) else "skipped"
+    if regularizer.average is not None:
         regularizer.average.update(now.step, now.steps)
-    return applied
+    return "applied"
 
 
-def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str, float]:
+def _measure(state: TrainState, job: Job, lr: float, clock: Clock) -> dict[str, float]:
     """The line of metrics for the steps since the last one. The only place where a step waits for the device."""
     loss, norm, cut = torch.stack(state.pending).double().mean(0).tolist()
     state.pending.clear()
@@ -246,95 +254,10 @@ def _measure(state: TrainState, job: Job, lr: float, clock: _Clock) -> dict[str,
         metrics |= {"loss_scale": state.scaler.get_scale(), "skipped": float(state.skipped)}
     if job.loader.device.type == "cuda":
         metrics["memory_bytes"] = float(torch.cuda.max_memory_allocated(job.loader.device))
-    lap = clock.lap(state)
+    lap = clock.lap(state.step, state.samples)
     metrics |= {"step_seconds": lap.seconds / lap.steps, "loading_share": lap.loading / lap.seconds}
     metrics[f"{job.unit}_per_second"] = lap.samples * job.amount_per_sample / lap.seconds
     return metrics
-
-
-class Length:
-    """How long to train: a number of steps, or as many as fit into a time.
-
-    Args:
-        train: The length and the size of a batch.
-        samples: In an epoch.
-        context: Tokens in a sample.
-        pace: Says how the size of a batch moves.
-
-    Attributes:
-        seconds: The time, if it is one.
-        samples: The samples, if it is a number of epochs.
-        pace: As given.
-    """
-
-    def __init__(self, train: Train, samples: int, context: int, pace: Pace):
-        self.seconds = train.minutes * 60 if train.minutes is not None else None
-        self.samples = max(math.ceil(round(train.epochs * samples, 6)), 1) if train.epochs is not None else None
-        self.pace, self._train = pace, train
-        tokens = math.ceil(train.tokens / context) if train.tokens is not None else None
-        needed = self.samples if self.samples is not None else tokens
-        self._steps = train.steps if needed is None else self._steps_of(needed)
-
-    def steps(self, step: int, seconds: float) -> int:
-        """Steps in the whole run; for a run by the clock, as foreseen after `step` steps in `seconds`."""
-        if self.seconds is None:
-            assert self._steps is not None
-            return self._steps
-        if seconds >= self.seconds:
-            return step
-        return max(step + 1, round(step * self.seconds / seconds)) if step else 1000
-
-    def samples_in(self, steps: int) -> int:
-        """Samples that a run of so many steps takes; those of a very long run are estimated."""
-        most, at = self._train.accumulate, range(0, steps, -(-steps // _EXACT))
-        pieces = sum(self.pace.pieces(most, step, steps, ()) for step in at)
-        return round(pieces / len(at) * steps * self._train.batch_size / most)
-
-    def _steps_of(self, samples: int) -> int:
-        """The fewest steps that take so many samples, where the size of a batch depends on them in turn."""
-        fewest = most = math.ceil(samples / self._train.batch_size)
-        while self.samples_in(most) < samples:
-            most *= 2
-        return fewest + bisect_left(range(fewest, most), samples, key=self.samples_in)
-
-
-class _Lap(NamedTuple):
-    """What has been since the last line of the log: seconds, those of them spent on reading batches, steps, samples."""
-
-    seconds: float
-    loading: float
-    steps: int
-    samples: int
-
-
-class _Clock:
-    """Seconds of training, and seconds per step without evaluating and saving."""
-
-    def __init__(self, state: TrainState):
-        self._before, self._start = state.seconds, time.monotonic()
-        self._lap, self._lap_step, self._lap_samples, self._loading = self._start, state.step, state.samples, 0.0
-
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._start
-
-    def lap(self, state: TrainState) -> _Lap:
-        """Ends a lap and begins the next."""
-        now, steps = time.monotonic(), max(state.step - self._lap_step, 1)
-        lap = _Lap(max(now - self._lap, 1e-9), self._loading, steps, state.samples - self._lap_samples)
-        self._lap, self._lap_step, self._lap_samples, self._loading = now, state.step, state.samples, 0.0
-        return lap
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        begin = time.monotonic()
-        yield
-        self._loading += time.monotonic() - begin
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.monotonic()
-        yield
-        self._lap += time.monotonic() - begin
 
 
 @contextmanager

@@ -39,8 +39,8 @@ def cross_entropy(
         targets: (...) class ids.
         temperature: Divides the logits. Raise: softer probabilities, smaller gradients, larger logits in the
             end. Lower: sharper, larger gradients.
-        label_smoothing: Weight of the uniform distribution in the target. Raise: less confident, often better
-            calibrated. Lower: fits the targets as they are.
+        label_smoothing: Weight of the uniform distribution in the target. Raise: less confident, which
+            calibrates a model that is too sure. Lower: fits the targets as they are.
         z_loss: Weight of log(sum(exp(logits)))^2, which is added (Chowdhery et al. 2022, arXiv:2204.02311).
             Raise: keeps logits from drifting away, steadier in low precision. Lower: leaves them free; 0 adds
             nothing, PaLM takes 1e-4.
@@ -308,7 +308,7 @@ def gaussian_nll(outputs: Tensor, targets: Tensor, *, min_variance: Positive) ->
         outputs: (B, 2n): n means, then n log-variances.
         targets: (B, n) numbers.
         min_variance: The least variance that is believed, in the square of the targets' units. Raise: small errors
-            pull less hard, steadier. Lower: the model may be surer of itself.
+            pull less hard, steadier. Lower: the model may be surer of itself. What the model says may fall below it.
 
     Returns:
         (B,) losses, float32 or wider.
@@ -327,7 +327,7 @@ def laplace_nll(outputs: Tensor, targets: Tensor, *, min_variance: Positive) -> 
         outputs: (B, 2n): n means, then n log-variances.
         targets: (B, n) numbers.
         min_variance: The least variance that is believed, in the square of the targets' units. Raise: small errors
-            pull less hard, steadier. Lower: the model may be surer of itself.
+            pull less hard, steadier. Lower: the model may be surer of itself. What the model says may fall below it.
 
     Returns:
         (B,) losses, float32 or wider.

@@ -115,13 +115,13 @@ class Predictions:
         Raises:
             UserError: If it cannot be written.
         """
-        counts = self.confusion()
-        if len(counts) > _PAINTED:
+        if self._counts is None or len(self._counts.table()) > _PAINTED:
             return f"not drawn: there are more than {_PAINTED} classes"
         try:
             from matplotlib.figure import Figure
         except ImportError:
             return "not drawn: that needs matplotlib: pip install 'llmtrain[plots]'"
+        counts = self.confusion()
         figure = _matrix(Figure, counts, [self.name(n) for n in range(len(counts))], title)
         try:
             figure.savefig(path, format="png")

@@ -151,7 +151,7 @@ def test_a_roberta_with_another_activation_becomes_a_bert(tmp_path: Path):
 
 OTHER_VALUES: dict[str, list[Any]] = {
     "layers": [3], "width": [48], "heads": [2, 3], "kv_heads": [1, 2], "head_dim": [8], "value_dim": [4],
-    "ffn_width": [20], "context": [16], "causal": [True, False], "window": [3],
+    "ffn_width": [20], "context": [16], "causal": [True, False], "window": [3], "document_mask": [False],
     "activation": ["sigmoid", "tanh", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu"],
     "norm": ["layernorm", "rmsnorm", "batchnorm", "none"], "norm_eps": [0.2], "norm_momentum": [0.3],
     "norm_place": ["pre", "post", "sandwich"], "qk_norm": [True], "parallel_block": [True], "residual_scale": [0.5],

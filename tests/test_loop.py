@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import CPU, make_gpt, make_job, make_state, make_train, make_windows
 
-from llmtrain import checkpoint, loop
+from llmtrain import checkpoint, clock, loop
 from llmtrain.data.tokens import Windows
 from llmtrain.loop import Length, due, fit
 from llmtrain.losses import cross_entropy
@@ -212,7 +212,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(clock, "time", types.SimpleNamespace(monotonic=lambda: self.now))
 
     def taking(self, seconds, function):
         def call(*given):

@@ -209,8 +209,8 @@ def test_who_shrinks_is_told_where_optimizer_or_regularization_are_asked_about(c
 
 
 def test_groups_of_their_own_rate_and_decay_are_told(call):
-    told = asked(call, *TINY, "params.layer_decay=0.5", "params.decay_scale={blocks.0:0.3}", "params.freeze=[norm]")["groups"]
-    scales = {name: (group["lr_scale"], group["decay"]) for group in told for name in group["names"]}
+    told = asked(call, *TINY, "params.layer_decay=0.5", "params.decay_scale={blocks.0:0.3}", "params.freeze=[norm]")
+    scales = {name: (group["lr_scale"], group["decay"]) for group in told["groups"] for name in group["names"]}
     assert scales["embedding.tokens.weight"] == (0.125, 0)
     assert scales["blocks.0.ffn.up.weight"] == scales["blocks.0.norm1.bias"] == (0.25, 0.3)
     assert scales["blocks.1.ffn.up.weight"] == (0.5, 1)

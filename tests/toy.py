@@ -117,12 +117,13 @@ def make_job(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     precision: Any = None,
     regularization: dict[str, Any] | None = None,
-    schedule: Callable[[int, int], float] = partial(constant, warmup=0.0),
+    schedule: Callable[[int, int], float] | None = None,
     **given: Any,
 ) -> Job:
     """A job over the windows; anything in it can be given instead."""
     device = next(state.model.parameters()).device
-    pace = given.pop("pace", None) or Pace(lambda step, steps, losses: schedule(step, steps))
+    curve = schedule or partial(constant, warmup=0.0)
+    pace = given.pop("pace", None) or Pace(lambda step, steps, losses: curve(step, steps))
     length = Length(train, len(windows), windows.context, pace)
     regularizer = combined(
         state.model, param_groups(state.model), **preset("none", "regularization") | (regularization or {})

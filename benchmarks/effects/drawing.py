@@ -6,6 +6,7 @@ import io
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def _lean(svg: str) -> str:
     svg = re.sub(r"\b([ML] \d+\.\d)\d* (\d+\.\d)\d*", r"\1 \2", svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
+    styles = [style for style, times in Counter(re.findall(r' style="([^"]*)"', svg)).items() if times > 3]
+    for number, style in enumerate(styles):
+        svg = svg.replace(f' style="{style}"', f' class="s{number}"')
+    rules = "".join(f".s{number}{{{style}}}" for number, style in enumerate(styles))
+    svg = svg.replace("<defs>", f"<defs><style>{rules}</style>", 1)
     return svg.replace("<svg ", "<svg font-family=\"'DejaVu Sans', Verdana, sans-serif\" ", 1)
 
 

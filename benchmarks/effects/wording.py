@@ -26,7 +26,7 @@ def short(value: str) -> str:
     if value.startswith("[") and value.count(",") > 3:
         numbers = value.strip("[]").split(",")
         odd = [n for n in numbers if numbers.count(n) == 1]
-        return f"{odd[0]}, rest 1" if odd else "all 1"
+        return f"[{odd[0]}, rest 1]" if odd else "[all 1]"
     return value.strip("{}")
 
 

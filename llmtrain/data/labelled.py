@@ -33,9 +33,9 @@ _NOT_SHORT = "must be above 1: each sample begins with a token that is no text"
 def stdlib_modules(setup: Setup, *, classes: Count, context: Count) -> Data | DataSpec:
     """Pieces of code from the largest packages of the running Python's library; the class is the package.
 
-    Whole files are held out, so that no piece of a file that was learned from is asked for; pieces that are the same
-    as others are left out. Each piece begins with a token of its own; the last of each file is filled up with a
-    padding token, which no model may take notice of.
+    Whole files are held out, so that no piece of a file that was learned from is asked for; files of more than a fifth
+    of their package are always learned from. Pieces that are the same as others are left out. Each piece begins with a
+    token of its own; the last of each file is filled up with a padding token, which no model may take notice of.
 
     Args:
         classes: Packages, the largest first. Raise: a harder question. Lower: an easier one.
@@ -78,10 +78,15 @@ def _package(file: Document) -> str:
 
 
 def _by_size(setup: Setup, keys: np.ndarray, classes: np.ndarray, sizes: np.ndarray) -> Split:
-    """Splits files, each of which counts as often as it has 1,024 bytes."""
-    number = np.repeat(np.arange(len(keys)), -(-sizes // 1024))
-    sides = split(setup, keys[number], classes=classes[number]).sides()
-    return Split(*(np.unique(number[side]) for side in sides.values()), 0, 0)
+    """Splits files, each of which counts as often as it has 1,024 bytes.
+
+    A file of more than a fifth of its class is learned from: held out, it would be most of what is asked.
+    """
+    large = sizes > 0.2 * np.bincount(classes, sizes)[classes]
+    number = np.repeat(np.arange(len(keys)), np.where(large, 0, -(-sizes // 1024)))
+    parts = split(setup, keys[number], classes=classes[number])
+    train, val, test = (np.unique(number[side]) for side in (parts.train, parts.val, parts.test))
+    return Split(np.sort(np.concatenate([train, np.flatnonzero(large)])), val, test, 0, 0)
 
 
 def _once(keys: np.ndarray, owner: np.ndarray, sides: Split) -> tuple[Split, int]:

@@ -99,6 +99,26 @@ class Loader:
         return Step(micro, int(mask[:share].sum()), share * self.world)
 
 
+class Ahead:
+    """Reads the next step before it is asked for, as far as it can be foreseen."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+        self._asked: tuple[int, int] | None = None
+        self._step: Step | None = None
+
+    def read(self, first: int, pieces: int) -> None:
+        """Reads the step that begins at a position of the stream."""
+        self._asked, self._step = (first, pieces), self._loader.step(first, pieces)
+
+    def take(self, first: int, pieces: int) -> Step:
+        """That step, if it is what was read, or else the one asked for."""
+        if self._asked != (first, pieces):
+            self.read(first, pieces)
+        assert self._step is not None
+        return self._step
+
+
 def to_device(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, device: torch.device) -> Batch:
     """Copies a batch, through pinned memory and without waiting where the device is a GPU."""
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (inputs, targets, mask)]

@@ -343,8 +343,8 @@ class Sight(NamedTuple):
         """
         T = tokens.size(1)
         padded = self.pad is not None and start == 0  # what goes on with a text has no padding, and is one document
-        parted = self.boundary is not None and start == 0
-        plain = self.window is None and slopes is None and not padded and not parted
+        boundary = self.boundary if start == 0 else None
+        plain = self.window is None and slopes is None and not padded and boundary is None
         if plain and (not self.causal or start == 0 or T == 1):
             return None, self.causal and T > 1
         here = torch.arange(start, start + T, device=tokens.device)
@@ -355,8 +355,8 @@ class Sight(NamedTuple):
         if padded:
             assert self.pad is not None
             seen = seen & tokens.ne(self.pad)[:, None, None, :]
-        if parted:
-            document = tokens.eq(self.boundary).cumsum(1)
+        if boundary is not None:
+            document = tokens.eq(boundary).cumsum(1)
             seen = seen & (document[:, None, :, None] == document[:, None, None, :])
         if slopes is None:
             return seen, False
