@@ -43,6 +43,12 @@ def _show(argv: list[str]) -> int:
     return show(argv)
 
 
+def _data(argv: list[str]) -> int:
+    from llmtrain.commands import data
+
+    return data(argv)
+
+
 def _explain(argv: list[str]) -> int:
     from llmtrain.explain import explain
 
@@ -55,6 +61,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "generate": (_generate, 'go on from a text:           llmtrain generate run=runs/NAME prompt="def "'),
     "export": (_export, "write a model for others:    llmtrain export run=runs/NAME out=FOLDER"),
     "show": (_show, "layers, FLOPs and memory:    llmtrain show model=bert_large"),
+    "data": (_data, "look at data:                llmtrain data inspect data=digits"),
     "explain": (_explain, "what a knob means and does:  llmtrain explain optim.lr"),
 }
 
@@ -138,6 +145,12 @@ def _complete(arguments: list[str]) -> int:
         return complete(last)
     if command not in COMMANDS:
         return 0
+    if command == "data":
+        if not before:
+            print("inspect" if "inspect".startswith(last) else "")
+            return 0
+        action, *before = before
+        arguments = [action, *arguments]
     from argparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

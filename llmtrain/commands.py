@@ -1,4 +1,4 @@
-"""What `llmtrain train`, `show`, `eval`, `generate` and `export` do with their command line: compose, check, run."""
+"""What `llmtrain train`, `show`, `data` and others do with their command line: compose, check, run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from llmtrain.compose import (
     prepare,
 )
 from llmtrain.config import RunConfig, check, check_command, read
-from llmtrain.knobs import ConfigError, Misfit
+from llmtrain.knobs import ConfigError, Misfit, UserError
 from llmtrain.types import Result
 
 _SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
@@ -43,6 +44,19 @@ Layers, parameters, FLOPs and memory of what `llmtrain train` would train with t
   llmtrain show optim=adamw                         also tells which parameters shrink
   llmtrain show model=gpt3_175b --json              the same as JSON
 """
+_DATA_USAGE = """usage: llmtrain data inspect [GROUP=OPTION ...] [KEY=VALUE ...] [--json] [--png FILE]
+
+inspect: what `llmtrain train` would learn from with the same words. Only what is about data counts; no model is built.
+
+  llmtrain data inspect data=stdlib                         splits, tokens, lengths, copies, a few samples
+  llmtrain data inspect data=labelled_text data.path=mails.csv       also the balance of the classes
+  llmtrain data inspect data=digits augment=light           what becomes of samples in the first epochs
+  llmtrain data inspect data=digits augment=light --png varied.png   as a picture, which needs Pillow
+  llmtrain data inspect data=diabetes --png spread.png      pictures of counts need matplotlib
+  llmtrain data inspect data=digits --json                  the same as JSON
+"""
+_OF_DATA = ("run", "eval", "data", "augment", "tokenizer")
+"""What `llmtrain data inspect` reads of a config, beside `train.seed`, and the task, if that can be asked."""
 
 
 def train(argv: list[str]) -> int:
@@ -85,6 +99,33 @@ def show(argv: list[str]) -> int:
     return tell(config, _origin(job), options.json, options.png)
 
 
+def data(argv: list[str]) -> int:
+    """`llmtrain data inspect`: what `train` would learn from with the same words."""
+    action, *rest = argv or ["--help"]
+    if action in ("-h", "--help"):
+        print(_DATA_USAGE, end="")
+        return 0
+    if action != "inspect":
+        raise UserError(f"no action {action!r}; there is inspect: llmtrain data inspect data=digits")
+    options = _parse("data", rest)
+    name = options.config_name or "config"
+    if options.shell_completion:
+        return _complete(name, options)
+    if options.help:
+        print(_DATA_USAGE, end="")
+        return 0
+    if options.multirun:
+        raise ConfigError([Misfit("--multirun", "true", "goes with train; data inspect looks at one run's data")])
+    job = compose_jobs(name, options.overrides, False)[0]
+    looks = options.cfg or options.info or options.hydra_help
+    config = _check_jobs([job], options.trust, parts=not looks, only=_OF_DATA)[0]
+    if looks:
+        return _show(name, options)
+    from llmtrain.inspection import inspect
+
+    return inspect(config, _origin(job), options.json, options.png)
+
+
 def evaluate(argv: list[str]) -> int:
     """`llmtrain eval`: the metrics of a trained model."""
     options = _parse("eval", argv)
@@ -125,9 +166,9 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.prog = f"llmtrain {command}"
     parser.add_argument("--trust", action="append", default=[], help="a package whose parts may run")
-    if command == "show":
+    if command in ("show", "data"):
         parser.add_argument("--json", action="store_true", help="for programs")
-        parser.add_argument("--png", metavar="FILE", help="a picture of the learning rate")
+        parser.add_argument("--png", metavar="FILE", help="a picture of what is shown")
     shown = next(action.choices for action in parser._actions if action.dest == "info") or ()
     pairs = zip(argv, [*argv, ""][1:], strict=True)  # an override may follow --info, which would take it
     argv = ["--info=all" if word in ("--info", "-i") and after not in shown else word for word, after in pairs]
@@ -189,8 +230,17 @@ def _raise_all(per_job: list[list[Misfit]]) -> None:
         raise ConfigError(misfits)
 
 
-def _check_jobs(jobs: list[Composed], trust: Sequence[str], parts: bool = True) -> list[RunConfig]:
-    """Checks every job, schema first, then what the parts say; raises once with all of it."""
+def _check_jobs(
+    jobs: list[Composed], trust: Sequence[str], parts: bool = True, only: Sequence[str] = ()
+) -> list[RunConfig]:
+    """Checks every job, schema first, then what the parts say; raises once with all of it.
+
+    Args:
+        jobs: What was composed.
+        trust: Packages whose parts may run.
+        parts: Whether the parts are asked.
+        only: Sections and groups that count, and `train`; what is wrong with others is not told. Empty: all do.
+    """
     per_job = [list(job.misfits) for job in jobs]
     configs: list[RunConfig] = []
     for job, misfits in zip(jobs, per_job, strict=True):
@@ -198,10 +248,12 @@ def _check_jobs(jobs: list[Composed], trust: Sequence[str], parts: bool = True) 
             continue
         config, found = read(job.values, trust)
         configs.append(config)
+        idle: dict[str, Any] = {f.name: None for f in fields(config) if only and f.name not in only}
+        found = [m for m in found if m.key.split(".")[0] not in idle or m.key.startswith("train")]
         if parts:
             from llmtrain.misfits import part_misfits  # torch: only now, when a config is at hand
 
-            found = found + part_misfits(config)
+            found = found + part_misfits(replace(config, **idle))
         told = {m.key for m in misfits}
         spoiled = tuple(f"{group}." for group in job.spoiled)
         misfits += [m for m in found if m.key not in told and not (spoiled and m.key.startswith(spoiled))]

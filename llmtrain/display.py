@@ -10,6 +10,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,43 @@ from rich.text import Text
 from llmtrain.words import duration, short
 
 _BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 100
+
+
+def printed(draw: Callable[[Console], None]) -> None:
+    """Prints what is drawn on a console: as it is on a terminal, else as plain lines of at most a hundred columns."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        draw(console)
+        return
+    console.width = _WIDTH
+    with console.capture() as lines:
+        draw(console)
+    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
+
+
+def page(console: Console, title: str, what: RenderableType, note: str) -> None:
+    """Something with a title and maybe a note below."""
+    console.print(Text(title, style="bold"))
+    console.print(what)
+    console.print(Text(note, style="dim") if note else "", end="\n\n" if note else "\n")
+
+
+def tabular(*names: str) -> Table:
+    """A table whose first column is of names, the others of numbers or words; one named `>...` is flush right."""
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        show_header=any(name.strip(">") for name in names),
+        header_style="dim",
+    )
+    for i, name in enumerate(names):
+        right = name.startswith(">")
+        table.add_column(
+            name.lstrip(">"), style="" if i else "cyan", justify="right" if right else "left", no_wrap=right
+        )
+    return table
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -49,8 +87,8 @@ class Screen:
 
     def __init__(self, picture: str | None = None):
         terminal = sys.stdout.isatty()
-        self.console = Console(width=None if terminal else 100, highlight=False, soft_wrap=not terminal)
-        self._recorder = Console(record=True, width=100, force_terminal=True, highlight=False, file=io.StringIO())
+        self.console = Console(width=None if terminal else _WIDTH, highlight=False, soft_wrap=not terminal)
+        self._recorder = Console(record=True, width=_WIDTH, force_terminal=True, highlight=False, file=io.StringIO())
         self.live_wanted = terminal
         self._picture = picture
         self._log: IO[str] | None = None

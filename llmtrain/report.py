@@ -17,12 +17,12 @@ def print_misfits(misfits: Sequence[Misfit], command: str) -> None:
     rest = "wrong with the config; nothing was started" if command == "train" else "wrong"
     console.print(f"[bold red]llmtrain {command}[/]: {number} {rest}\n")
     for misfit in misfits:
-        value = "null" if misfit.value is None else _printable(str(misfit.value))
+        value = "null" if misfit.value is None else printable(str(misfit.value))
         guess = f"  Did you mean {misfit.suggestion}?" if misfit.suggestion else ""
-        console.print(Text.assemble("  ", (_printable(misfit.key), "bold cyan"), " = ", (value, "yellow")))
-        console.print(Text.assemble("      ", _printable(misfit.rule), (guess, "bold green")))
+        console.print(Text.assemble("  ", (printable(misfit.key), "bold cyan"), " = ", (value, "yellow")))
+        console.print(Text.assemble("      ", printable(misfit.rule), (guess, "bold green")))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with what would steer the terminal shown instead of done."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

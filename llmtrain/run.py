@@ -82,19 +82,35 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     Raises:
         UserError: If the data cannot be used, or not for this task.
     """
-    spec = provisional(config.data.build(setup_for(config)), config)
-    asking = (config.task.build(spec, None), config.augment.build(spec, None))
-    roles = tuple(dict.fromkeys(role for part in asking if part is not None for role in part.special_tokens))
     try:
-        data: Data = config.data.build(setup_for(config, roles, screen.preparing))
-        if (check := getattr(asking[1], "check", None)) is not None:
-            check(data.train)
+        data = read_data(config, screen.preparing)
         task = task_of(config, data)
         with torch.device("meta"):  # what the model has against this data is told before anything is written
             config.model.build(task.asked(data.spec))
         return with_baseline(data, task)
     finally:
         screen.prepared()
+
+
+def read_data(config: RunConfig, progress: Any = None, asked: bool = True) -> Data:
+    """The data alone, whatever the model has against it.
+
+    Args:
+        config: Only what is about data needs to be there.
+        progress: See `Setup`.
+        asked: Whether there is a task, which may need tokens of its own.
+
+    Raises:
+        UserError: If the data cannot be used.
+    """
+    spec = provisional(config.data.build(setup_for(config)), config)
+    augment = config.augment.build(spec, None)
+    asking = (config.task.build(spec, None) if asked else None, augment)
+    roles = tuple(dict.fromkeys(role for part in asking if part is not None for role in part.special_tokens))
+    data: Data = config.data.build(setup_for(config, roles, progress))
+    if (check := getattr(augment, "check", None)) is not None:
+        check(data.train)
+    return data
 
 
 def task_of(config: RunConfig, data: Data) -> Task:

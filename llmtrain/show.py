@@ -18,6 +18,7 @@ from llmtrain import budget, hardware
 from llmtrain.budget import Flops, Layer, Memory
 from llmtrain.build import SCHEDULES
 from llmtrain.config import RunConfig
+from llmtrain.display import page, printed, tabular
 from llmtrain.knobs import UserError
 from llmtrain.loop import Length
 from llmtrain.models.transformer import TokenHead, count_parameters
@@ -27,7 +28,6 @@ from llmtrain.story import Origin
 from llmtrain.types import DataSpec
 from llmtrain.words import short
 
-_WIDTH = 100
 _ROWS, _COLUMNS = 8, 72
 _UNKNOWN = 1000
 """Steps that are drawn where the length depends on the data or the clock."""
@@ -98,24 +98,15 @@ def show(config: RunConfig, origin: Origin, as_json: bool, png: str | None = Non
     if as_json:
         print(json.dumps(_plain(found), indent=2))
         return 0
-    console = Console(highlight=False)
-    if console.is_terminal:
-        _tell(found, console, "•")
-        return 0
-    console.width = _WIDTH
-    with console.capture() as lines:
-        _tell(found, console, "*")
-    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
+    printed(lambda console: _tell(found, console))
     return 0
 
 
-def _tell(found: Findings, console: Console, mark: str) -> None:
+def _tell(found: Findings, console: Console) -> None:
     for title, table, note in _pages(found):
-        console.print(Text(title, style="bold"))
-        console.print(table)
-        console.print(Text(note, style="dim") if note else "", end="\n\n" if note else "\n")
+        page(console, title, table, note)
     if found.curve is not None:
-        console.print(_drawn(found.curve, found.config, mark))
+        console.print(_drawn(found.curve, found.config, "•" if console.is_terminal else "*"))
 
 
 def _find(config: RunConfig, origin: Origin, painted: bool) -> Findings:
@@ -193,25 +184,8 @@ def _pages(found: Findings) -> list[tuple[str, Table, str]]:
     return pages + ([("parameter groups", *_group_table(found))] if found.groups is not None else [])
 
 
-def _table(*columns: str) -> Table:
-    """The first column is of names, the others of numbers or words; a column named `>...` is flush right."""
-    table = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        show_header=any(c.strip(">") for c in columns),
-        header_style="dim",
-    )
-    for i, column in enumerate(columns):
-        right = column.startswith(">")
-        table.add_column(
-            column.lstrip(">"), style="" if i else "cyan", justify="right" if right else "left", no_wrap=right
-        )
-    return table
-
-
 def _layer_table(root: Layer) -> Table:
-    table = _table("layer", "kind", "output", ">parameters")
+    table = tabular("layer", "kind", "output", ">parameters")
 
     def add(layer: Layer, depth: int) -> None:
         times = f"{layer.times} x " if layer.times > 1 else ""
@@ -226,7 +200,7 @@ def _layer_table(root: Layer) -> Table:
 
 
 def _parameter_table(found: Findings) -> Table:
-    table = _table("", ">", ">", "")
+    table = tabular("", ">", ">", "")
     head, counts, unused = getattr(found.model, "output", None), budget.parts(found.model), _unused(found.model)
     notes, whole = dict[str, str](), sum(counts.values())
     if isinstance(head, TokenHead) and head.linear is None:
@@ -247,7 +221,7 @@ def _unused(model: nn.Module) -> int:
 def _flop_table(found: Findings) -> Table:
     forward, both = found.flops
     batch = found.config.train.batch_size
-    table = _table("", ">", "")
+    table = tabular("", ">", "")
     table.add_row("forward", short(forward) + "FLOP", "per sample")
     table.add_row("forward + backward", short(both) + "FLOP", "per sample")
     table.add_row("optimizer step", short(both * batch) + "FLOP", f"{batch} samples")
@@ -267,7 +241,7 @@ def _memory_table(found: Findings) -> Table:
         ("  weight copies", memory.casts, "of these, in the type of the matrix products; no more for larger batches"),
         ("peak", memory.peak, "lives at once at the fullest moment"),
     ]
-    table = _table("", ">", "")
+    table = tabular("", ">", "")
     for name, size, what in rows:
         if size or name in ("weights", "optimizer state"):
             table.add_row(name, short(size) + "B", what, style="bold" if name == "peak" else "")
@@ -291,7 +265,7 @@ def _precision(found: Findings) -> str:
 
 
 def _group_table(found: Findings) -> tuple[Table, str]:
-    table = _table("group", ">tensors", ">parameters", ">rate", ">decay", "what")
+    table = tabular("group", ">tensors", ">parameters", ">rate", ">decay", "what")
     for group in found.groups or []:
         count = sum(p.numel() for p in group["params"])
         what, scales = _WHAT.get(group["kind"], ""), [f"x {group[key]:.3g}" for key in ("lr_scale", "decay")]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0
-TIMING = ("step_seconds", "tokens_per_second")
+TIMING = ("step_seconds", "tokens_per_second", "loading_share")
 _WORDS = [
     "the",
     "of",

@@ -16,7 +16,8 @@ from llmtrain.budget import Layer, Memory
 from llmtrain.compose import compose_jobs, prepare
 from llmtrain.config import RunConfig, check
 from llmtrain.models.transformer import transformer
-from llmtrain.optim.groups import param_groups, weights_of
+from llmtrain.optim.groups import param_groups
+from llmtrain.pace import Moment
 from llmtrain.types import DataSpec
 
 TEXT = DataSpec(vocab=500, context=64)
@@ -49,7 +50,7 @@ class Measured:
             model = config.model.build(spec).train()
             groups = param_groups(model)
             optimizer = config.optim.build(groups)
-            regularizer = config.regularization.build(weights_of(groups))
+            regularizer = config.regularization.build(model, groups)
             batch = budget.blank_batch(spec, train.batch_size // train.accumulate, loss)
             owned = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), *batch)}
             for _ in range(2):
@@ -60,9 +61,9 @@ class Measured:
                     summed.backward()
                 del summed
                 regularizer.add_gradients()
-                regularizer.before_update(0.1)
+                regularizer.before_update(Moment(0, 2, 0.1))
                 optimizer.step()
-                regularizer.after_update(0.1)
+                regularizer.after_update(Moment(0, 2, 0.1))
                 optimizer.zero_grad(set_to_none=True)
         self.activations, self.peak = sum(self.saved.values()), _peak(profiler)
         self.state = sum(t.nbytes for kept in optimizer.state.values() for t in kept.values())

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from llmtrain.build import SCHEDULES
 from llmtrain.compose import ALIASES, Composed, compose_jobs, config_folder, mend, prepare
 from llmtrain.knobs import ConfigError
-from llmtrain.topics import options
+from llmtrain.topics import option_values, options
 
 OPTIMS = ", ".join(options("optim"))
 
@@ -145,7 +145,8 @@ def test_what_has_no_value_is_left_out_for_the_check_to_tell():
     job = one("data=text", "model.context=32")
     assert job.misfits == []
     assert job.values is not None
-    assert job.values["data"] == {"name": "text", "context": 32, "split": "auto"}
+    shipped = option_values("data", "text")
+    assert job.values["data"] == {k: v for k, v in shipped.items() if k != "path"} | {"context": 32}
 
 
 def test_every_override_that_cannot_stand_is_told_and_the_others_are_composed():

@@ -158,7 +158,8 @@ def test_a_group_takes_the_options_of_another_and_no_knob_of_it(composed, group:
     shipped = {other: option_values(other, "none") for other in GROUPS if other not in (*FOLDERS, group)}
     assert {other: job.values[other] for other in shipped} == shipped
     assert job.values["schedule"] == option_values("schedule", "cosine")
-    assert misfits_of(job) == []
+    foreseen = (group, option) != ("batch_schedule", "plateau")  # else nobody could tell how long the run is
+    assert [misfit.key for misfit in misfits_of(job)] == ([] if foreseen else ["batch_schedule.name"])
 
 
 @pytest.mark.parametrize("group", SCHEDULES)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,8 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data import corpus
-from llmtrain.data.corpus import Document, content_hash, from_file, from_text, split_by_file, split_tails
+from llmtrain.data.corpus import (
+    Broken,
+    Bundle,
+    Document,
+    content_hash,
+    from_file,
+    from_text,
+    place,
+    readable,
+    split_bundles,
+    split_by_file,
+    split_tails,
+    unpacked,
+)
 from llmtrain.knobs import UserError
+from llmtrain.types import Stretch
 
 
 @pytest.fixture
@@ -273,10 +289,10 @@ def test_the_hash_knows_content_order_and_cut() -> None:
 
 def test_the_hash_is_that_of_the_files_wherever_they_lie(tmp_path: Path) -> None:
     hashes = set()
-    for place in ("here", "there"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "a.txt").write_text("text")
-        hashes.add(content_hash([from_file(tmp_path / place / "a.txt", "a.txt")]))
+    for where in ("here", "there"):
+        (tmp_path / where).mkdir()
+        (tmp_path / where / "a.txt").write_text("text")
+        hashes.add(content_hash([from_file(tmp_path / where / "a.txt", "a.txt")]))
     assert len(hashes) == 1
 
 
@@ -284,3 +300,55 @@ def test_the_hash_tells_its_progress(small_pieces: int) -> None:
     told: list[tuple[str, int, int]] = []
     content_hash([from_text("a", "x" * 40), from_text("b", "y" * 8)], lambda *args: told.append(args))
     assert told == [("reading", n, 48) for n in (16, 32, 40, 48)]
+
+
+# -- bundles and broken documents -----------------------------------------------------------------------------
+
+
+def test_a_bundle_is_split_by_the_keys_of_its_documents_in_one_reading() -> None:
+    inner = [from_text(f"d{i}", f"text {i}\n") for i in range(500)]
+    raw, readings = from_text("file", "x" * 1000), []
+
+    def read() -> Iterator[Document]:
+        readings.append(1)
+        yield from inner
+
+    (train,), (val,) = split_bundles([Bundle(raw, "how", read)], Stretch(0.2, 0.5, 7))
+    assert readings == []  # nothing is read before it is asked for
+    sides = [[d.key for d in side.documents()] for side in (train, val)]
+    assert sides[1] == [d.key for d in inner if 0.2 <= place(d.key, 7) < 0.5]
+    assert sorted(sides[0] + sides[1]) == sorted(d.key for d in inner)
+    assert (train.size, val.size) == (700, 300)
+    assert (
+        len({content_hash([side]) for side in (train, val, Bundle(raw, "how", read), Bundle(raw, "else", read))}) == 4
+    )
+
+
+def test_places_are_spread_evenly_and_depend_on_the_seed() -> None:
+    places = [place(f"key {i}") for i in range(2000)]
+    assert all(0 <= p < 1 for p in places)
+    assert max(abs(p - (i + 0.5) / 2000) for i, p in enumerate(sorted(places))) < 0.04
+    assert places != [place(f"key {i}", 1) for i in range(2000)]
+
+
+def test_broken_documents_are_counted_once_up_to_the_most() -> None:
+    with pytest.raises(UserError, match=r"^a: is bad$"):
+        Broken().add("a", "is bad")
+    broken = Broken("skip", 2)
+    for name in ("a", "b", "a"):
+        broken.add(name, "is bad")
+    with pytest.raises(UserError, match=r"more than data\.max_broken=2 documents are broken; a: is bad; b: is bad"):
+        broken.add("c", "is bad")
+    assert (broken.words(0), broken.words(2)) == ("", ", 2 broken left out")
+
+
+def test_what_can_be_read_is_found(tmp_path: Path) -> None:
+    good, bad = from_text("good", "text\n"), document(b"\xff", "bad")
+    assert list(readable([good, bad], Broken())) == [good, bad]  # told when it is read
+    broken = Broken("skip", 1)
+    assert list(readable([good, bad], broken)) == [good]
+    assert broken.found == {"bad": "is not UTF-8: invalid start byte at byte offset 0"}
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"line\n" * 100))
+    (found,) = readable([unpacked(from_file(tmp_path / "a.gz", "a.gz"))], Broken())
+    assert (found.size, text_of(found)) == (500, "line\n" * 100)
+    assert content_hash([found]) != content_hash([from_file(tmp_path / "a.gz", "a.gz")])

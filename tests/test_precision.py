@@ -127,6 +127,6 @@ def test_cpus_with_bf16_instructions_are_fast(amx, avx, fast, monkeypatch):
 
 
 def test_presets_build():
-    assert set(parts("precision")) == {"fp32", "tf32", "bf16", "fp16", "auto"}
-    for name in ("fp32", "bf16", "fp16", "auto"):
+    assert set(parts("precision")) == {"fp32", "tf32", "bf16", "bf16_weights", "fp16", "auto"}
+    for name in ("fp32", "bf16", "bf16_weights", "fp16", "auto"):
         getattr(precision, name)(CPU, **preset(name, "precision"))

@@ -196,6 +196,7 @@ def test_a_run_leaves_what_it_says(run: Path) -> None:
         ".lock",
         "checkpoints",
         "config.yaml",
+        "data.json",
         "log.txt",
         "metrics.jsonl",
         "overrides.yaml",
