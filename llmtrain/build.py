@@ -125,12 +125,13 @@ def find(group: str, name: Any, trust: Sequence[str] = ()) -> Part:
     Raises:
         ConfigError: If there is none of that name, or it lies in a package that is not trusted.
     """
-    key, known = f"{group}.name", parts(group)
+    key = f"{group}.name"
     if not isinstance(name, str):
-        raise ConfigError([Misfit(key, name, "must name a part: " + ", ".join(known))])
-    if name in known:
-        return known[name]
+        raise ConfigError([Misfit(key, name, "must name a part: " + ", ".join(parts(group)))])
+    for part in _parts_in(GROUPS[group].module, group, name):
+        return part
     if ":" not in name:
+        known = parts(group)
         rule = f"no such part in {GROUPS[group].module}; there are " + ", ".join(known)
         raise ConfigError([Misfit(key, name, rule, nearest(name, known))])
     module, function = name.split(":", 1)
@@ -227,11 +228,13 @@ def takes(kind: Any, annotation: Any) -> bool:
     return annotation is kind or any(takes(kind, choice) for choice in get_args(annotation))
 
 
-def _parts_in(module: str, group: str) -> Iterator[Part]:
-    """The functions of a module, or of a package's modules, that take what the group is given."""
+def _parts_in(module: str, group: str, only: str | None = None) -> Iterator[Part]:
+    """The functions of a module, or of a package's modules, that take what the group is given; or that of one name."""
     for name, path in _sources(module):
+        if only is not None and f"\ndef {only}(" not in _text(path):
+            continue  # most files need not be parsed, which is what costs time
         for node in _tree(path).body:
-            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or only not in (None, node.name):
                 continue
             given, about = tuple(arg.arg for arg in node.args.args), GROUPS[group]
             if given in (about.given, about.given + about.more):
@@ -251,8 +254,13 @@ def _sources(module: str) -> Iterator[tuple[str, Path]]:
 
 
 @cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return ast.parse(_text(path), str(path))
 
 
 def _type(argument: ast.arg) -> Any:
