@@ -397,7 +397,7 @@ def _image_row(examples: Sequence[dict[str, Any]], console: Console) -> Table:
     heads: list[Text] = []
     pictures: list[Text] = []
     for example in examples:
-        head = f"{example['index']:,}: {_clean(_told(example['target']))}"
+        head = f"{example['index']:,}: {_clean(_told(example['target']), 24)}"
         heads += [Text(head, style="cyan"), *(Text(f"epoch {i}") for i in range(1, len(example["versions"])))]
         pictures += [_picture(pixels, console) for pixels in example["versions"]]
     table.add_row(*heads)

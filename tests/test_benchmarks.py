@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -54,3 +57,28 @@ def test_tokenizers_are_timed_beside_the_library(tmp_path: Path) -> None:
     assert len(measured) == 2 and all(float(cell) >= 0 for row in measured for cell in row[1:])
     assert float(measured[0][3]) > float(measured[0][4])  # ours beside the library's
     assert [row[1] for row in rows if len(row) == 4][2:] == 2 * ["one thread", "threads", "processes"]
+
+
+def test_quality_is_shown_beside_what_scikit_learn_reaches_on_the_same_samples(tmp_path: Path) -> None:
+    words = ["--only", "diabetes", "--seeds", "1", "train.threads=1", f"run.cache={tmp_path}"]
+    environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "quality.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    [(_, command_line, metric, ours, rival, _, verdict)] = [row for row in rows if row[:1] == ["diabetes"]]
+    assert "data=diabetes" in command_line and metric == "test r2" and rival.startswith("ridge regression ")
+    reached, fitted = float(ours), float(rival.split()[-1])
+    assert abs(reached - fitted) < 0.05 and fitted > 0.2  # both are linear, fitted to the same patients
+    assert reached == fitted or verdict == ("better" if reached > fitted else "worse")
+
+
+def test_pairs_of_tokens_are_counted_as_witten_and_bell_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from quality import _counted
+
+    shares, after = _counted(np.array([0, 1, 0, 1, 0, 2]), 4)
+    assert shares.tolist() == [0.4, 0.3, 0.2, 0.1]
+    tokens = np.arange(4)
+    assert after(0, tokens) == pytest.approx([2 * 0.4 / 5, (2 + 2 * 0.3) / 5, (1 + 2 * 0.2) / 5, 2 * 0.1 / 5])
+    assert after(3, tokens) == pytest.approx(shares)  # nothing was ever seen after it

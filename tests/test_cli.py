@@ -323,7 +323,7 @@ WRONG = {
     "huge": (("train.seed=99999999999999999999",), "train.seed", "99999999999999999999", "fit in 64 bits"),
     "missing": (("data=text",), "data.path", "(missing)", "has no value; it must be text"),
     "no file": (("data=text", "data.path=nowhere"), "data.path", "nowhere", "no such file, folder or glob"),
-    "no tokenizer": (("tokenizer=file", "tokenizer.path=nowhere"), "tokenizer.path", "nowhere", "holds no tokenizer that can be read"),
+    "no tokenizer": (("tokenizer=file", "tokenizer.path=nowhere"), "tokenizer.path", "nowhere", "holds no tokenizer"),
     "heads": (("model.width=100", "model.heads=3"), "model.heads", "3", "must divide width=100"),
     "context": (("model.context=128", "data.context=256"), "model.context", "128", "is shorter than the samples"),
     "two lengths": (("train.steps=3", "train.tokens=4"), "train", "steps=3, tokens=4", "exactly one length"),
@@ -445,7 +445,10 @@ def test_the_other_commands_report_alike(refused):
     assert refused("eval") == {"run": ("(missing)", "has no value; it must be text")}
     assert refused("eval", "rum=x", "batches=0", "checkpoint=null") == {
         "run": ("(missing)", "has no value; it must be text"),
-        "rum": ("x", "no such knob; there are run, checkpoint, batches, batch_size, split, metrics, device  Did you mean run?"),
+        "rum": (
+            "x",
+            "no such knob; there are run, checkpoint, batches, batch_size, split, metrics, device  Did you mean run?",
+        ),
         "batches": ("0", "must be integer >= 1 or null"),
         "checkpoint": ("null", "must be text"),
     }

@@ -429,6 +429,8 @@ SIZES = {
     "gpt_large": ("gpt2", {"n_layer": 36, "n_embd": 1280, "n_head": 20}),
     "gpt_xl": ("gpt2", {"n_layer": 48, "n_embd": 1600, "n_head": 25}),
     "bert_base": ("bert", {}),
+    "bert_tiny": ("bert", {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2,
+                           "intermediate_size": 512}),
     "bert_large": ("bert", {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16,
                             "intermediate_size": 4096}),
     "roberta_base": ("roberta", {"max_position_embeddings": 514, "type_vocab_size": 1}),
