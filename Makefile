@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+JOBS   ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -28,11 +30,11 @@ install: $(READY) ## make .venv with llmtrain in it
 train: $(READY) ## train the default job; pass overrides with ARGS="model=gpt_small train.steps=3"
 	$(BIN)/llmtrain train $(ARGS)
 
-test: $(VENV)/.ready-dev ## run the tests; pass pytest options with ARGS="-k tokenizer"
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(VENV)/.ready-dev ## run the tests, two at a time (JOBS=8: more); pass pytest options with ARGS="-k tokenizer"
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.ready-dev ## run the tests, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.ready-dev ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
