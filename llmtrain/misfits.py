@@ -33,77 +33,92 @@ _SAMPLES = 1000
 """In an epoch of data that nobody has read."""
 
 
+class _Told(list[Misfit]):
+    """Misfits, and what parts raise as more of them."""
+
+    @contextmanager
+    def of(self, prefix: str = "") -> Iterator[None]:
+        """While a part is asked: what it raises is told under a prefix."""
+        try:
+            yield
+        except ConfigError as error:
+            self.extend(m.under(prefix) if prefix else m for m in error.misfits)
+        except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no machine can hold
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            self.append(Misfit(prefix, "as given", f"cannot be built or cannot take this data: {why}"))
+
+
 def part_misfits(config: RunConfig) -> list[Misfit]:
     """What only the parts themselves can tell, asked on the meta device: nothing is allocated or written.
 
     Args:
         config: A config as `config.read` gives it: what has no good value is None, and is not asked about.
     """
-    misfits: list[Misfit] = []
-
-    @contextmanager
-    def told(prefix: str = "") -> Iterator[None]:
-        try:
-            yield
-        except ConfigError as error:
-            misfits.extend(m.under(prefix) if prefix else m for m in error.misfits)
-        except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no machine can hold
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            misfits.append(Misfit(prefix, "as given", f"cannot be built or cannot take this data: {why}"))
-
-    precision = None
-    misfits += _sizes(config) + _decays(config)
+    told, precision = _Told(_sizes(config) + _decays(config)), None
     if config.run is not None:
-        with told():
+        with told.of():
             folder.check_name(config.run.name)
             _check_resume(config)
     if config.train is not None and config.train.device is not None:
-        with told():
+        with told.of():
             device = hardware.choose_device(config.train.device)
-            with told("precision"):
+            with told.of("precision"):
                 precision = _ask(config.precision, device)
-    with told("tokenizer"):
+    with told.of("tokenizer"):
         _ask(config.tokenizer, [])
-    spec = task = None
-    if config.data is not None and config.tokenizer is not None and config.eval is not None:
-        with told("data"):
-            spec = provisional(config.data.build(setup_for(config)), config)
-        if spec is not None:
-            odd = _unanswerable(config, spec)
-            misfits += odd + _untested(config, spec)
-            with told("task"):
-                task = _ask(config.task, spec, None) if not odd else None
-        if task is not None and config.eval.monitor is not None and config.eval.mode is not None:
-            with told("eval"):
-                measuring(task, config.eval.metrics, config.eval.monitor)
-                goal_of(config.eval)
-        if spec is not None:
-            with told("augment"):
-                _ask(config.augment, spec, None)
+    spec, task = _ask_data(config, told)
+    known = spec or _any_text(config)
     for group in SCHEDULES:
-        with told(group):
-            _ask_schedule(getattr(config, group), config, spec or _any_text(config))
+        with told.of(group):
+            _ask_schedule(getattr(config, group), config, known)
     model = None
-    with told("model"), torch.device("meta"):
-        known = spec or _any_text(config)
+    with told.of("model"), torch.device("meta"):
         model = _ask(config.model, task.asked(known) if task is not None else known)
         if model is not None and spec is not None and task is not None:
-            misfits += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
-            misfits += _inseparable(config.train, model)
+            told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
+            told += _inseparable(config.train, model)
     with torch.device("meta"):
-        if model is not None:
-            with told("init"):
-                _ask(config.init, model)
-        groups = param_groups(model or nn.Linear(2, 2))
-        if model is not None and config.params is not None:
-            with told("params"):
-                groups = param_groups(model, **{k: v for k, v in vars(config.params).items() if v is not None})
-        optimizer = regularizer = None
-        with told("optim"):
-            optimizer = _ask(config.optim, groups)
-        with told("regularization"):
-            regularizer = _ask(config.regularization, model, groups) if model is not None else None
-    return misfits + _idle(config, optimizer) + _at_odds(precision, optimizer, regularizer)
+        optimizer, regularizer = _ask_update(config, model, told)
+    return told + _idle(config, optimizer) + _at_odds(precision, optimizer, regularizer)
+
+
+def _ask_data(config: RunConfig, told: _Told) -> tuple[DataSpec | None, Task | None]:
+    """What is known of the data, and the task on it, where both are right."""
+    spec = task = None
+    if config.data is None or config.tokenizer is None or config.eval is None:
+        return None, None
+    with told.of("data"):
+        spec = provisional(config.data.build(setup_for(config)), config)
+    if spec is None:
+        return None, None
+    odd = _unanswerable(config, spec)
+    told += odd + _untested(config, spec)
+    with told.of("task"):
+        task = _ask(config.task, spec, None) if not odd else None
+    if task is not None and config.eval.monitor is not None and config.eval.mode is not None:
+        with told.of("eval"):
+            measuring(task, config.eval.metrics, config.eval.monitor)
+            goal_of(config.eval)
+    with told.of("augment"):
+        _ask(config.augment, spec, None)
+    return spec, task
+
+
+def _ask_update(config: RunConfig, model: nn.Module | None, told: _Told) -> tuple[Optimizer | None, Regularizer | None]:
+    """What initializes and moves the weights; without a model, the optimizer is asked about others."""
+    optimizer = regularizer = None
+    if model is not None:
+        with told.of("init"):
+            _ask(config.init, model)
+    groups = param_groups(model or nn.Linear(2, 2))
+    if model is not None and config.params is not None:
+        with told.of("params"):
+            groups = param_groups(model, **{k: v for k, v in vars(config.params).items() if v is not None})
+    with told.of("optim"):
+        optimizer = _ask(config.optim, groups)
+    with told.of("regularization"):
+        regularizer = _ask(config.regularization, model, groups) if model is not None else None
+    return optimizer, regularizer
 
 
 def _ask(choice: Choice | None, *given: Any) -> Any:
