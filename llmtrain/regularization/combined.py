@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -134,7 +135,7 @@ class Combined(Regularizer):
             if l2 and owners:
                 torch._foreach_add_(grads, owners, alpha=2 * l2 * share)
             if l1 and owners:
-                torch._foreach_add_(grads, torch._foreach_sign(owners), alpha=l1 * share)
+                _add_signs(grads, owners, l1 * share)
 
     @torch.no_grad()
     def before_update(self, now: Moment) -> None:
@@ -190,11 +191,18 @@ def _approaching(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
     return [torch.where(s >= 0, b, 0.0) for s, b in zip(steps, before, strict=True)]
 
 
+def _add_signs(grads: list[Tensor], weights: list[Tensor], by: float) -> None:
+    """Adds `by` times the signs of the weights; on a CPU one by one, so that they stay in its cache."""
+    if weights[0].device.type != "cpu":
+        torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=by)
+        return
+    for g, w in zip(grads, weights, strict=True):
+        g.add_(w.sign(), alpha=by)
+
+
 def _soft_threshold(weights: list[Tensor], by: float) -> None:
-    shrunk = torch._foreach_sub(torch._foreach_abs(weights), by)
-    torch._foreach_clamp_min_(shrunk, 0.0)
-    torch._foreach_mul_(shrunk, torch._foreach_sign(weights))
-    torch._foreach_copy_(weights, shrunk)
+    for w in weights:
+        w.copy_(F.softshrink(w, by))
 
 
 def _limit(weights: list[Tensor], longest: float) -> None:
