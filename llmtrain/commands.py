@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,50 +80,63 @@ def train(argv: list[str]) -> int:
 
 def show(argv: list[str]) -> int:
     """`llmtrain show`: layers, parameters, FLOPs and memory of what `train` would train with the same words."""
-    options = _parse("show", argv)
-    name = options.config_name or "config"
-    if options.shell_completion:
-        return _complete(name, options)
-    if options.help:
-        print(_SHOW_USAGE, end="")
-        return 0
-    if options.multirun:
-        raise ConfigError([Misfit("--multirun", "true", "goes with train; show looks at one run")])
-    job = compose_jobs(name, options.overrides, False)[0]
-    looks = options.cfg or options.info or options.hydra_help
-    config = _check_jobs([job], options.trust, parts=not looks)[0]
-    if looks:
-        return _show(name, options)
-    from llmtrain.show import show as tell
 
-    return tell(config, _origin(job), options.json, options.png)
+    def tell(*found: Any) -> int:
+        from llmtrain.show import show
+
+        return show(*found)
+
+    return _look("show", argv, _SHOW_USAGE, "goes with train; show looks at one run", tell)
 
 
 def data(argv: list[str]) -> int:
     """`llmtrain data inspect`: what `train` would learn from with the same words."""
+
+    def tell(*found: Any) -> int:
+        from llmtrain.inspection import inspect
+
+        return inspect(*found)
+
     action, *rest = argv or ["--help"]
     if action in ("-h", "--help"):
         print(_DATA_USAGE, end="")
         return 0
     if action != "inspect":
         raise UserError(f"no action {action!r}; there is inspect: llmtrain data inspect data=digits")
-    options = _parse("data", rest)
+    return _look("data", rest, _DATA_USAGE, "goes with train; data inspect looks at one run's data", tell, _OF_DATA)
+
+
+def _look(
+    command: str,
+    argv: list[str],
+    usage: str,
+    one: str,
+    tell: Callable[..., int],
+    only: Sequence[str] = (),
+) -> int:
+    """A command that takes the words of `train` and trains nothing.
+
+    Args:
+        command: Its name.
+        argv: What comes after it.
+        usage: Its help.
+        one: Why it takes no grid.
+        tell: Tells of (config, origin, as JSON or not, path of a picture or None); returns the exit code.
+        only: What it asks about; empty, about all.
+    """
+    options = _parse(command, argv)
     name = options.config_name or "config"
     if options.shell_completion:
         return _complete(name, options)
     if options.help:
-        print(_DATA_USAGE, end="")
+        print(usage, end="")
         return 0
     if options.multirun:
-        raise ConfigError([Misfit("--multirun", "true", "goes with train; data inspect looks at one run's data")])
+        raise ConfigError([Misfit("--multirun", "true", one)])
     job = compose_jobs(name, options.overrides, False)[0]
     looks = options.cfg or options.info or options.hydra_help
-    config = _check_jobs([job], options.trust, parts=not looks, only=_OF_DATA)[0]
-    if looks:
-        return _show(name, options)
-    from llmtrain.inspection import inspect
-
-    return inspect(config, _origin(job), options.json, options.png)
+    config = _check_jobs([job], options.trust, parts=not looks, only=only)[0]
+    return _show(name, options) if looks else tell(config, _origin(job), options.json, options.png)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -289,7 +302,7 @@ def _sweep(name: str, options: argparse.Namespace) -> int:
         jobs.append((given, result))
         if result.status == "stopped":
             raise SystemExit(result.exit_code)  # the whole grid stops, not this job alone
-        return result.metrics.get("val_loss")
+        return result.judged
 
     _hand_over(name, options, job)
     from llmtrain.story import compare

@@ -72,11 +72,14 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         with told.of(group):
             _ask_schedule(getattr(config, group), config, known)
     model = None
-    with told.of("model"), torch.device("meta"):
+    against = _Told()
+    with against.of("model"), torch.device("meta"):
         model = _ask(config.model, task.asked(known) if task is not None else known)
         if model is not None and spec is not None and task is not None:
             told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
             told += _inseparable(config.train, model)
+    # what data is not known to be cannot be held against a model: it is told of the data already
+    told += [misfit for misfit in against if spec is not None or misfit.key != "model.name"]
     with torch.device("meta"):
         optimizer, regularizer = _ask_update(config, model, told)
     return told + _idle(config, optimizer) + _at_odds(precision, optimizer, regularizer)

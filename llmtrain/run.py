@@ -172,6 +172,7 @@ def _train_in(
             screen.say(job.goal.why(costs))
         metrics = {**folder.earlier_metrics(place, state.step), **watcher.last, **state.last}
         result = Result(place, status, state.step, metrics, state.best, signal=stop.signal)
+        result.monitor, result.rising = f"val_{job.goal.monitor}", job.goal.mode == "max"
         if status == "finished":
             with judged(state):
                 result.sample = _sample(scene)

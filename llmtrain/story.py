@@ -190,17 +190,23 @@ def conclude(scene: Scene, result: Result) -> None:
 
 
 def compare(jobs: Sequence[tuple[list[str], Result]]) -> None:
-    """Shows the jobs of a grid side by side, best first: what differed, and the validation loss."""
+    """Shows the jobs of a grid side by side, best first: what differed, and the metric that they are judged by."""
     shared = set.intersection(*(set(given) for given, _ in jobs)) if jobs else set()
-    ranked = sorted(jobs, key=lambda job: job[1].metrics.get("val_loss", math.inf))
+
+    def cost(result: Result) -> float:
+        value = result.judged
+        return math.inf if value is None or math.isnan(value) else -value if result.rising else value
+
+    ranked = sorted(jobs, key=lambda job: cost(job[1]))
     rows = [
         (
-            f"{result.metrics.get('val_loss', math.nan):.4f}",
+            f"{math.nan if result.judged is None else result.judged:.4f}",
             f"{' '.join(o for o in given if o not in shared)}  {result.folder}",
         )
         for given, result in ranked
     ]
-    Screen().table("validation loss of each run, best first", rows)
+    judged_by = ", ".join(dict.fromkeys(result.monitor for _, result in jobs)) or "no run"
+    Screen().table(f"{judged_by} of each run, best first", rows)
 
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:

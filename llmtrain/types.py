@@ -205,6 +205,8 @@ class Result:
         best: Step and metrics of the best evaluation.
         sample: Text that the trained model made.
         signal: Number of the signal that stopped it, or None.
+        monitor: The metric that runs are judged by.
+        rising: Whether more of it is better.
     """
 
     folder: Path
@@ -214,6 +216,13 @@ class Result:
     best: dict[str, float] = field(default_factory=dict)
     sample: str = ""
     signal: int | None = None
+    monitor: str = "val_loss"
+    rising: bool = False
+
+    @property
+    def judged(self) -> float | None:
+        """The last value of what runs are judged by; None where it was never measured."""
+        return self.metrics.get(self.monitor)
 
     @property
     def exit_code(self) -> int:

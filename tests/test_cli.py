@@ -441,6 +441,19 @@ def test_an_unknown_flag_shows_the_known_ones(call):
     assert "Traceback" not in said.err
 
 
+def test_a_mistake_in_the_data_is_not_held_against_the_model(tmp_path: Path, refused: Any) -> None:
+    (tmp_path / "t.csv").write_text("a,y\n1,x\n2,z\n")
+    words = (
+        "data=table",
+        f"data.path={tmp_path / 't.csv'}",
+        "data.label_column=yy",
+        "model=mlp",
+        "task=classification",
+    )
+    assert set(refused("train", *words)) == {"data.label_column"}
+    assert set(refused("train", "model=mlp", "task=causal_lm")) == {"model.name"}
+
+
 def test_the_other_commands_report_alike(refused):
     assert refused("eval") == {"run": ("(missing)", "has no value; it must be text")}
     assert refused("eval", "rum=x", "batches=0", "checkpoint=null") == {

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from llmtrain.knobs import Fraction, NonNegative, Positive
 from llmtrain.optim.groups import ParamGroups, decaying
-from llmtrain.optim.lists import lists
+from llmtrain.optim.lists import count, lists
 
 
 def lamb(
@@ -70,7 +70,7 @@ class Lamb(Optimizer):
             torch._foreach_lerp_(means, grads, 1 - group["beta1"])
             torch._foreach_mul_(squares, group["beta2"])
             torch._foreach_addcmul_(squares, grads, grads, value=1 - group["beta2"])
-            steps = self._count(weights)
+            steps = count(self, weights)
             updates = torch._foreach_div(means, [1 - group["beta1"] ** t for t in steps])
             scales = torch._foreach_div(squares, [1 - group["beta2"] ** t for t in steps])
             torch._foreach_sqrt_(scales)
@@ -83,12 +83,6 @@ class Lamb(Optimizer):
                 turned = [updates[i] for i in layers]
                 torch._foreach_mul_(turned, _ratios(lengths, _lengths(turned)))
             torch._foreach_add_(weights, updates, alpha=-group["lr"])
-
-    def _count(self, weights: list[Tensor]) -> list[int]:
-        """How many steps each weight has taken, this one among them."""
-        for p in weights:
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        return [self.state[p]["step"] for p in weights]
 
 
 class Lars(Optimizer):
