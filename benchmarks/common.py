@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,7 +65,7 @@ class Loop:
         from llmtrain.display import Screen
         from llmtrain.hardware import keep_freed_memory
         from llmtrain.loop import Length
-        from llmtrain.run import _make, _make_job, pace_of, prepare_data
+        from llmtrain.run import make, make_job, pace_of, prepare_data
         from llmtrain.stop import Stop
         from llmtrain.story import Origin, Scene, Watcher
 
@@ -79,7 +80,7 @@ class Loop:
         self.data = data = prepare_data(config, screen)
         self.precision = precision = config.precision.build(device)
         task = config.task.build(data.spec, data.tokenizer)
-        self.state, regularizer = _make(config, task.asked(data.spec), device, precision)
+        self.state, regularizer = make(config, task.asked(data.spec), device, precision)
         samples = len(data.train)
         length = Length(config.train, samples, data.spec.context, pace_of(config, samples, data.spec))
         place = Path(config.run.dir) / uuid.uuid4().hex
@@ -87,7 +88,7 @@ class Loop:
         scene = Scene(place, config, Origin(), data, task, device, precision, self.state.model, length, screen)
         self.watcher = Watcher(scene, self.state)
         self.job = replace(
-            _make_job(scene, regularizer, self.watcher, Stop()),
+            make_job(scene, regularizer, self.watcher, Stop()),
             log_every=10,
             evaluate=lambda: {"val_loss": 0.0},
             save=lambda state: None,
@@ -95,8 +96,6 @@ class Loop:
 
     def __call__(self) -> float:
         """Takes the steps."""
-        from llmtrain.loop import fit
-
         times: list[float] = []
         watcher = self.watcher
 
@@ -108,8 +107,14 @@ class Loop:
                 watcher.measured(step, metrics)
                 times.append(time.perf_counter())
 
-        fit(self.state, replace(self.job, length=_Until(self.state.step + self.steps + 10), watcher=Timed()))
+        self.take(self.steps + 10, watcher=Timed())
         return (times[-1] - times[0]) / self.steps  # from line to line of the log: the first ten steps warm up
+
+    def take(self, steps: int, **changes: Any) -> None:
+        """Takes some steps with other parts of the job."""
+        from llmtrain.loop import fit
+
+        fit(self.state, replace(self.job, length=_Until(self.state.step + steps), **changes))
 
 
 class _Until:

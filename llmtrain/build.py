@@ -50,7 +50,7 @@ def _schedule(meaning: str, folder: str | None = None) -> Group:
 GROUPS = {
     "model": Group("llmtrain.models", ("data",), "the architecture"),
     "optim": Group("llmtrain.optim", ("params",), "how gradients become steps"),
-    "loss": Group("llmtrain.losses", ("outputs", "targets"), "what is minimized"),
+    "loss": Group("llmtrain.losses", ("outputs", "targets"), "what is minimized; the task picks one until you name it"),
     "regularization": Group("llmtrain.regularization", ("model", "params"), "what keeps weights small"),
     "schedule": _schedule("how the learning rate moves over the run"),
     "momentum_schedule": _schedule("what multiplies the optimizer's momentum over the run", "schedule"),

@@ -19,6 +19,12 @@ def _train(argv: list[str]) -> int:
     return train(argv)
 
 
+def _cv(argv: list[str]) -> int:
+    from llmtrain.commands import cv
+
+    return cv(argv)
+
+
 def _eval(argv: list[str]) -> int:
     from llmtrain.commands import evaluate
 
@@ -49,6 +55,24 @@ def _data(argv: list[str]) -> int:
     return data(argv)
 
 
+def _find(argv: list[str]) -> int:
+    from llmtrain.commands import find
+
+    return find(argv)
+
+
+def _runs(argv: list[str]) -> int:
+    from llmtrain.listing import runs
+
+    return runs(argv)
+
+
+def _diff(argv: list[str]) -> int:
+    from llmtrain.listing import diff
+
+    return diff(argv)
+
+
 def _explain(argv: list[str]) -> int:
     from llmtrain.explain import explain
 
@@ -57,13 +81,20 @@ def _explain(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a model:               llmtrain train model=gpt_small optim=adam"),
+    "cv": (_cv, "choose by cross-validation:  llmtrain cv model=linear data=diabetes regularization.l2=1e-3,1e-2"),
     "eval": (_eval, "measure a trained model:     llmtrain eval run=runs/NAME"),
     "generate": (_generate, 'go on from a text:           llmtrain generate run=runs/NAME prompt="def "'),
     "export": (_export, "write a model for others:    llmtrain export run=runs/NAME out=FOLDER"),
     "show": (_show, "layers, FLOPs and memory:    llmtrain show model=bert_large"),
     "data": (_data, "look at data:                llmtrain data inspect data=digits"),
+    "find": (_find, "a rate, a micro-batch:       llmtrain find lr model=gpt_nano"),
+    "runs": (_runs, "which runs there are:        llmtrain runs --sort metric --limit 10"),
+    "diff": (_diff, "runs side by side:           llmtrain diff runs/ONE runs/TWO"),
     "explain": (_explain, "what a knob means and does:  llmtrain explain optim.lr"),
 }
+
+_ACTIONS = {"data": ("inspect",), "find": ("lr", "batch")}
+"""The word that comes after a command, where there is one."""
 
 _HELP = """llmtrain trains large-model architectures from YAML and the command line.
 
@@ -143,11 +174,15 @@ def _complete(arguments: list[str]) -> int:
         from llmtrain.explain import complete
 
         return complete(last)
+    if command in ("runs", "diff"):
+        from llmtrain.listing import complete as complete_runs
+
+        return complete_runs(command, before, last)
     if command not in COMMANDS:
         return 0
-    if command == "data":
+    if command in _ACTIONS:
         if not before:
-            print("inspect" if "inspect".startswith(last) else "")
+            print("\n".join(action for action in _ACTIONS[command] if action.startswith(last)))
             return 0
         action, *before = before
         arguments = [action, *arguments]

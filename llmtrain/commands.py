@@ -26,9 +26,8 @@ from llmtrain.compose import (
     mend,
     prepare,
 )
-from llmtrain.config import RunConfig, check, check_command, read
+from llmtrain.config import SECTIONS, RunConfig, check_command, knobs_of, read
 from llmtrain.knobs import ConfigError, Misfit, UserError
-from llmtrain.types import Result
 
 _SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
 _VALUED = ("cfg", "package", "config_name", "config_dir", "info")
@@ -55,6 +54,34 @@ inspect: what `llmtrain train` would learn from with the same words. Only what i
   llmtrain data inspect data=diabetes --png spread.png      pictures of counts need matplotlib
   llmtrain data inspect data=digits --json                  the same as JSON
 """
+_FIND_USAGE = """usage: llmtrain find lr [GROUP=OPTION ...] [KEY=VALUE ...] [--json] [--png FILE]
+                        [--from RATE] [--to RATE] [--steps N] [--seeds N]
+       llmtrain find batch [GROUP=OPTION ...] [KEY=VALUE ...] [--json] [--share SHARE]
+
+Takes some steps of what `llmtrain train` would train with the same words. Nothing is kept of them.
+
+lr: the rate rises from 1e-7 to 10 in 100 steps, until the loss blows up; tells where it falls fastest, and a tenth of
+where it is lowest. One test is rough, off by a factor of 2 or 3: --seeds=5 takes the median of five.
+batch: the largest micro-batch that fits into memory, and the fastest one. train.batch_size stays; --share says how much
+of the memory may be taken, 0.8 of a CPU's and 0.95 of a GPU's unless you say.
+
+  llmtrain find lr model=gpt_nano                   prints optim.lr=...
+  llmtrain find lr optim=sgd --from=1e-4 --to=100 --seeds=5
+  llmtrain find lr model=mlp data=digits --png curve.png    as a picture, which needs matplotlib
+  llmtrain find batch model=gpt_small train.batch_size=256  prints train.accumulate=...
+  llmtrain find batch data=digits model=mlp --json          the same as JSON
+"""
+_CV_USAGE = """usage: llmtrain cv [GROUP=OPTION ...] [KEY=VALUE ...] [folds=5] [choose=best|one_se] [nested=true] [--dry-run]
+
+Trains every point of a grid on every fold of the data, chooses by the mean, trains the choice on all but the test, and
+tests that once. Given again, the same command goes on where it was.
+
+  llmtrain cv model=linear data=diabetes folds=5 regularization.l2=1e-4,1e-3,1e-2
+  llmtrain cv model=mlp data=digits regularization.weight_decay=0,0.01,0.1 choose=one_se sweep.jobs=2
+  llmtrain cv model=linear data=diabetes regularization.l1=0,1e-3,1e-2 nested=true     an estimate no choice has seen
+
+llmtrain explain cv and llmtrain explain sweep tell of their knobs.
+"""
 _OF_DATA = ("run", "eval", "data", "augment", "tokenizer")
 """What `llmtrain data inspect` reads of a config, beside `train.seed`, and the task, if that can be asked."""
 
@@ -73,9 +100,31 @@ def train(argv: list[str]) -> int:
         _check_jobs(jobs, options.trust, parts=False)
         return _show(name, options)
     configs = _check_jobs(jobs, options.trust)
-    if options.multirun:
-        return _sweep(name, options)
+    if options.multirun or options.dry_run:
+        from llmtrain.sweep.study import sweep
+
+        return sweep(jobs, configs, _command(options), options.trust, options.dry_run)
     return _train_one(configs[0], jobs[0])
+
+
+def cv(argv: list[str]) -> int:
+    """`llmtrain cv`: chooses among the points of a grid by cross-validation."""
+    short = tuple(f"{knob}=" for knob in knobs_of(SECTIONS["cv"]))
+    options = _parse("cv", [f"cv.{word}" if word.startswith(short) else word for word in argv])
+    name = options.config_name or "config"
+    if options.shell_completion:
+        return _complete(name, options)
+    if options.help:
+        print(_CV_USAGE, end="")
+        return 0
+    jobs = compose_jobs(name, options.overrides, True)
+    if options.cfg or options.info or options.hydra_help:
+        _check_jobs(jobs, options.trust, parts=False)
+        return _show(name, options)
+    from llmtrain.sweep.crossval import cross_validate
+
+    found = [*zip(jobs, _check_jobs(jobs, options.trust), strict=True)]
+    return cross_validate(found, _command(options), options.trust, options.dry_run)
 
 
 def show(argv: list[str]) -> int:
@@ -104,6 +153,32 @@ def data(argv: list[str]) -> int:
     if action != "inspect":
         raise UserError(f"no action {action!r}; there is inspect: llmtrain data inspect data=digits")
     return _look("data", rest, _DATA_USAGE, "goes with train; data inspect looks at one run's data", tell, _OF_DATA)
+
+
+def find(argv: list[str]) -> int:
+    """`llmtrain find lr` and `find batch`: a rate and a size of micro-batches for what `train` would train."""
+    flags = argparse.ArgumentParser(prog="llmtrain find", add_help=False, allow_abbrev=False)
+    action, *rest = argv or ["--help"]
+    if action in ("-h", "--help"):
+        print(_FIND_USAGE, end="")
+        return 0
+    if action == "lr":
+        flags.add_argument("--from", dest="low", type=float, default=1e-7)
+        flags.add_argument("--to", dest="high", type=float, default=10.0)
+        flags.add_argument("--steps", type=int, default=100)
+        flags.add_argument("--seeds", type=int, default=1)
+    elif action == "batch":
+        flags.add_argument("--share", type=float, default=None)
+    else:
+        raise UserError(f"no action {action!r}; there are lr and batch: llmtrain find lr model=gpt_nano")
+    given, rest = flags.parse_known_args(rest)
+
+    def tell(*found: Any) -> int:
+        from llmtrain.finders import find_batch, find_lr
+
+        return (find_lr if action == "lr" else find_batch)(*found, **vars(given))
+
+    return _look("find", rest, _FIND_USAGE, f"goes with train; find {action} looks at one run", tell)
 
 
 def _look(
@@ -179,7 +254,9 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.prog = f"llmtrain {command}"
     parser.add_argument("--trust", action="append", default=[], help="a package whose parts may run")
-    if command in ("show", "data"):
+    if command in ("train", "cv"):
+        parser.add_argument("--dry-run", action="store_true", help="checks and lists the jobs, and starts none")
+    if command in ("show", "data", "find"):
         parser.add_argument("--json", action="store_true", help="for programs")
         parser.add_argument("--png", metavar="FILE", help="a picture of what is shown")
     shown = next(action.choices for action in parser._actions if action.dest == "info") or ()
@@ -293,45 +370,10 @@ def _origin(job: Composed) -> Any:
     return Origin(job.choices, job.overrides)
 
 
-def _sweep(name: str, options: argparse.Namespace) -> int:
-    """Lets Hydra's sweeper and launcher run the grid, each job under the sweep's folder."""
-    jobs: list[tuple[list[str], Result]] = []
-
-    def job(config: Any) -> float | None:
-        given, result = _train_job(config, options.trust)
-        jobs.append((given, result))
-        if result.status == "stopped":
-            raise SystemExit(result.exit_code)  # the whole grid stops, not this job alone
-        return result.judged
-
-    _hand_over(name, options, job)
-    from llmtrain.story import compare
-
-    compare(jobs)
-    return max((result.exit_code for _, result in jobs), default=0)
-
-
-def _train_job(composed: Any, trust: Sequence[str]) -> tuple[list[str], Result]:
-    """One job of a grid, as Hydra hands it over: its overrides and what it ended with."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    from llmtrain.run import train as run_train
-    from llmtrain.story import Origin
-
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
-    hydra = HydraConfig.get()
-    if values["run"]["name"] is None:
-        folder = Path(hydra.sweep.dir) / str(hydra.sweep.subdir)
-        root = Path(values["run"]["dir"]).expanduser()
-        # a config without our hydra section has its grids elsewhere: the whole path, with its date, tells them apart
-        within = folder.relative_to(root if folder.is_relative_to(root) else folder.anchor)
-        values["run"]["name"] = str(within)
-    plain: dict[str, Any] = {str(k): v for k, v in values.items()}
-    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
-    given = list(hydra.overrides.task)
-    return given, run_train(check(plain, trust), Origin(choices, given))
+def _command(options: argparse.Namespace) -> list[str]:
+    """The words that a sweep is made from."""
+    flags = {"--config-dir": options.config_dir, "--config-name": options.config_name}
+    return [*(f"{flag}={value}" for flag, value in flags.items() if value), *options.overrides]
 
 
 def _settings(command: str, options: argparse.Namespace) -> tuple[Any, int]:

@@ -6,6 +6,7 @@ stand are set aside, so that all mistakes, Hydra's and ours, come in one report.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Composed:
         overrides: The overrides that were given, with their spelling mended.
         misfits: What could not be composed.
         spoiled: Groups whose option could not be found or guessed: what is said of their knobs is not to be trusted.
+        given: Of a job of a grid what it does not share with all others: each key, and its value as it was written.
     """
 
     values: dict[str, Any] | None = None
@@ -66,6 +68,7 @@ class Composed:
     overrides: list[str] = field(default_factory=list)
     misfits: list[Misfit] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
+    given: dict[str, str] = field(default_factory=dict)
 
 
 def mend(override: str) -> str:
@@ -126,26 +129,30 @@ def compose_jobs(config_name: str, overrides: Sequence[str], multirun: bool) -> 
         parser = OverridesParser.create(config_loader=loader)
         parsed, misfits = _parse(parser, overrides, multirun)
         check_searchpath(_searchpath(config_name, parsed, loader))
-        jobs = [parsed]
+        jobs: list[_Job] = [(parsed, {})]
         if multirun:
             jobs, wrong = _grid(config_name, loader, parser, parsed)
             misfits += wrong
-        composed = [_compose_one(config_name, loader, job) for job in jobs]
-    for job in composed:
-        job.misfits = misfits + job.misfits
+        composed = [_compose_one(config_name, loader, job) for job, _ in jobs]
+    for job, (_, given) in zip(composed, jobs, strict=True):
+        job.misfits, job.given = misfits + job.misfits, given
         job.overrides = [*overrides] if not multirun else job.overrides
     return composed
 
 
+_Job = tuple[list[Override], dict[str, str]]
+"""The overrides of a job of a grid, and which of them are its own."""
+
+
 def _grid(
     config_name: str, loader: ConfigLoader, parser: OverridesParser, parsed: list[Override]
-) -> tuple[list[list[Override]], list[Misfit]]:
-    """The overrides of each job of a grid, and what is wrong with the config that Hydra's sweeper works from."""
+) -> tuple[list[_Job], list[Misfit]]:
+    """The jobs of a grid, and what is wrong with the config that it is drawn from."""
     fixed = [override for override in parsed if not override.is_sweep_override()]
     whole = Composed()
     config = _load(config_name, loader, fixed, whole, RunMode.MULTIRUN)
     if config is None:
-        return [fixed], whole.misfits
+        return [(fixed, {})], whole.misfits
     if config.hydra.sweeper.get("_target_") == _BASIC_SWEEPER:
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         listed, wrong = _parse(parser, params, multirun=True)
@@ -153,10 +160,45 @@ def _grid(
         rule = "has no steps, so there is no grid of it; write range(A,B,STEP) or the values"
         wrong += [Misfit(o.key_or_group, _line(o).partition("=")[2], rule) for o in parsed if _is_interval(o)]
         whole.misfits += wrong
-    hydras = [override for override in fixed if override.is_hydra_override()]
-    varied = [override for override in parsed if not override.is_hydra_override() and not _is_interval(override)]
-    jobs = BasicSweeper.split_arguments(varied, None)[0]
-    return [hydras + parser.parse_overrides(job) for job in jobs], whole.misfits
+    settings, seed = config.get("sweep") or {}, OmegaConf.select(config, "train.seed")
+    varied = [o for o in parsed if o.is_sweep_override() and not _is_interval(o)]
+    steady = [o for o in parsed if not o.is_sweep_override()]
+    axes, wrong = _axes(varied, settings, seed)
+    whole.misfits += wrong
+    jobs = []
+    for point in itertools.product(*axes):
+        own = parser.parse_overrides([line for lines in point for line in lines])
+        given = {o.key_or_group: _line(o).partition("=")[2] for o in own}
+        jobs.append(([*steady, *own], given))
+    return jobs, whole.misfits
+
+
+def _axes(varied: Sequence[Override], settings: Any, seed: Any) -> tuple[list[list[list[str]]], list[Misfit]]:
+    """What varies: of each axis of the grid its places, each some overrides. The last axis varies fastest.
+
+    Keys of `sweep.zip` are one axis, which stands where the first of them does; `sweep.seeds` is another, the last.
+    """
+    values = {o.get_key_element(): [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in varied}
+    pairs, seeds, misfits = list(settings.get("zip") or []), settings.get("seeds") or 1, []
+    lengths = {key: len(values.get(key, [])) for key in pairs}
+    for key in [key for key, length in lengths.items() if not length]:
+        misfits.append(Misfit("sweep.zip", key, "has no list of values to go with the others", nearest(key, values)))
+    if len(set(lengths.values())) > 1 and not misfits:
+        told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        misfits.append(Misfit("sweep.zip", pairs, f"must have as many values each: {told}"))
+    if isinstance(seeds, int) and seeds > 1 and "train.seed" in values:
+        misfits.append(Misfit("sweep.seeds", seeds, "repeats each point with other seeds, and train.seed is swept too"))
+    if misfits:
+        return [], misfits
+    axes = []
+    for key, lines in values.items():
+        if key not in pairs:
+            axes.append([[line] for line in lines])
+        elif key == next(key for key in values if key in pairs):
+            axes.append([list(point) for point in zip(*(values[key] for key in pairs), strict=True)])
+    if isinstance(seeds, int) and seeds > 1 and isinstance(seed, int):
+        axes.append([[f"train.seed={seed + i}"] for i in range(seeds)])
+    return axes, []
 
 
 def _searchpath(config_name: str, parsed: Sequence[Override], loader: Any) -> list[Any]:
@@ -254,7 +296,8 @@ def _settle(override: Override, loader: ConfigLoader) -> tuple[str | None, Misfi
     for option in value if isinstance(value, list) else [value]:
         if option is not None and str(option) not in options:
             guess = nearest(str(option), options)
-            rule = "no such option; there are " + ", ".join(options)
+            unnamed = "leave it out for the usual one; " if str(option) == "auto" else ""
+            rule = f"no such option; {unnamed}there are " + ", ".join(options)
             mended = f"{override.get_key_element()}={guess}" if guess and not isinstance(value, list) else None
             return mended, Misfit(override.package or group, option, rule, guess)
     return line, None

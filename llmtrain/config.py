@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Le
 
 from llmtrain.build import GROUPS, Choice, choose, validate
-from llmtrain.knobs import ConfigError, Count, Fraction, Misfit, Natural, NonNegative, Portion, Positive, Share, nearest
+from llmtrain.knobs import ConfigError, Count, Fraction, Misfit, Natural, NonNegative, Positive, Share, nearest
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,18 @@ class Train:
             the device, more memory, fewer steps per token. Lower: noisier steps, more of them per token.
         accumulate: Micro-batches that one batch is split into; gradients are added up before the step. Raise:
             less memory, somewhat slower. Lower: more memory, faster. Never changes the mathematics.
+        packing: How the documents of a text become samples. stream: they follow one another, and every `context` tokens
+            are a sample. best_fit: each sample begins with a document, and documents are put together so that as few
+            as can be are cut (Ding et al. 2024, arXiv:2404.10830). single: each document begins a sample of its own,
+            the rest of which is left out. model.document_mask keeps documents of one sample apart.
+        balance: How evenly classes are drawn: one with n of the samples gets a share of each epoch in proportion to
+            n^(1 - balance). Raise: rare classes come more often, their samples repeated; at 1 all come equally often.
+            Lower: nearer to the data as it is; at 0 each sample comes once in an epoch. Beside a loss with
+            class_weights=balanced, which makes up for the same, rare classes would count twice.
+        buckets: Lengths that padded samples are cut to, in even steps up to the context: samples of like length come
+            together, and each micro-batch takes the least length that holds it. Raise: less time is spent on padding,
+            but like comes with like, and train.compile compiles each length. Lower: samples mix more freely; 1 cuts
+            nothing. Above 1 the order of samples depends on how many make a micro-batch, on train.accumulate too.
         grad_clip: Where gradients are cut, in the measure of clip_by. Raise: clips less often, spikes pass. Lower:
             clips more often, calmer and slower. null never clips.
         clip_by: norm: the whole gradient is scaled down to an L2 norm of grad_clip (Pascanu et al. 2013,
@@ -74,6 +86,9 @@ class Train:
     minutes: Positive | None
     batch_size: Count
     accumulate: Count
+    packing: Literal["stream", "best_fit", "single"]
+    balance: Annotated[float, Ge(0), Le(1)]
+    buckets: Count
     grad_clip: Positive | None
     clip_by: Literal["norm", "value", "adaptive"]
     head_chunk: Count | None
@@ -128,9 +143,12 @@ class Eval:
         min_delta: What `monitor` must be better by to count as an improvement, in its own units. Raise: small gains
             no longer count, so patience ends sooner. Lower: smaller gains count; 0 takes any.
         val_fraction: Share of the data, the test aside, that is held out. Raise: a surer estimate, less to learn
-            from. Lower: more to learn from, a noisier estimate.
+            from. Lower: more to learn from, a noisier estimate; 0 learns from all of it and judges by that too, as is
+            done once everything is chosen.
         test_fraction: Share of the samples that is kept for one test after training. Raise: a surer test, less to
             learn from. Lower: more to learn from. null keeps 0.2 of samples with labels, and none of a text.
+        test_fold: Which stretch of that size is the test; the first is 0. Raise or lower: another one, so that each
+            sample is in the test of one run (nested cross-validation). null: the first.
         split_seed: Start of the draw of who is held out, apart from `train.seed`: the same samples in every run. Raise
             or lower: another draw.
         stratify: true: each side gets its share of each class. false: the draw does not look at classes.
@@ -147,8 +165,9 @@ class Eval:
     mode: Literal["auto", "min", "max"]
     patience: Count | None
     min_delta: NonNegative
-    val_fraction: Portion
+    val_fraction: Fraction
     test_fraction: Fraction | None
+    test_fold: Natural | None
     split_seed: Natural
     stratify: bool
     folds: Annotated[int, Ge(2)] | None
@@ -274,6 +293,51 @@ class Export:
     out: str
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """How the jobs of a grid (-m), of `llmtrain cv` and of a search are run.
+
+    Args:
+        name: Name of the sweep's folder under `run.dir`. null makes one from the command line, so that the same command
+            goes on with the same sweep: finished jobs are kept, half-finished ones resumed.
+        jobs: Jobs that run at once, each a process of its own; CPU threads are divided among them, and each has a GPU
+            to itself where there are as many. Raise: done sooner, until devices and memory are full. Lower: each is
+            faster. null: one for each GPU, or one.
+        seeds: Runs of each point, with train.seed and the numbers after it; points are compared by their means. Raise:
+            surer, longer. Lower: faster; 1 says nothing of chance.
+        zip: Keys whose values go together instead of crossing: sweep.zip=[optim.lr,train.batch_size].
+        on_failure: continue: a job that fails stops no other. stop: it stops those that run, and no more are started.
+        retries: Times that a job which failed is tried again. Raise: chance failures are outlived. Lower: told sooner.
+    """
+
+    name: str | None
+    jobs: Count | None
+    seeds: Count
+    zip: list[str]
+    on_failure: Literal["continue", "stop"]
+    retries: Natural
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """How `llmtrain cv` chooses.
+
+    Args:
+        folds: Parts of equal size that all but the test is cut into; each is held out once. Raise: more to learn
+            from in each, more runs. Lower: fewer runs; 5 and 10 are usual.
+        choose: best: the point with the best mean. one_se: the most regularized one that is within a standard error of
+            it (Breiman et al. 1984).
+        refit: true: the chosen point is trained on all but the test, and tested once. false: it is only named.
+        nested: true: all of it is done beside each of as many tests as there are folds, and the mean over them is an
+            estimate that no choice has seen (Varma & Simon 2006). false: beside one test.
+    """
+
+    folds: Annotated[int, Ge(2)]
+    choose: Literal["best", "one_se"]
+    refit: bool
+    nested: bool
+
+
 COMMANDS: dict[str, type] = {"eval": Evaluation, "generate": Generation, "export": Export}
 SECTIONS: dict[str, type] = {
     "run": Run,
@@ -283,6 +347,8 @@ SECTIONS: dict[str, type] = {
     "checkpoint": Checkpoint,
     "log": Log,
     "sample": Sample,
+    "sweep": Sweep,
+    "cv": CrossValidation,
 }
 LENGTHS = ("steps", "epochs", "tokens", "minutes")
 
@@ -304,6 +370,8 @@ class RunConfig:
     checkpoint: Checkpoint
     log: Log
     sample: Sample
+    sweep: Sweep
+    cv: CrossValidation
     model: Choice
     optim: Choice
     loss: Choice
@@ -437,7 +505,16 @@ def _folds(section: Eval) -> list[Misfit]:
         return [Misfit("eval.fold", fold, "goes with eval.folds: a fold is one of so many")]
     if fold is not None and folds is not None and fold >= folds:
         return [Misfit("eval.fold", fold, f"must be below eval.folds ({folds}): the first fold is 0", str(folds - 1))]
-    return []
+    return _test_fold(section)
+
+
+def _test_fold(section: Eval) -> list[Misfit]:
+    """The test is a whole stretch of the data."""
+    fold, share = section.test_fold, section.test_fraction
+    if not fold or (share and share * (fold + 1) <= 1 + 1e-9):
+        return []
+    rule = f"is no stretch of the size of eval.test_fraction={share}" if share else "goes with eval.test_fraction"
+    return [Misfit("eval.test_fold", fold, rule)]
 
 
 def _unknown(key: str, value: Any, given: Mapping[str, Any]) -> Misfit:

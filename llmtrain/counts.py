@@ -15,7 +15,6 @@ import numpy as np
 
 from llmtrain.data.rows import targets_of
 from llmtrain.data.splits import content_keys
-from llmtrain.data.tokens import Windows
 from llmtrain.types import Data, Samples
 
 _LOOK = 100_000
@@ -184,8 +183,8 @@ def sides_of(data: Data) -> dict[str, Samples]:
 
 
 def _look(data: Data, name: str, samples: Samples, seed: int) -> _Look:
-    if isinstance(samples, Windows):
-        return _look_at_stream(samples.tokens, data.spec.boundary)
+    if (tokens := getattr(samples, "tokens", None)) is not None:
+        return _look_at_stream(tokens, data.spec.boundary)
     spec = data.spec
     most = _LOOK if not spec.shape else max(_LOOK_NUMBERS // math.prod(spec.shape), 1)
     known = data.record.get("split", {}).get(name)
@@ -262,7 +261,8 @@ def _split(
         everything: Those of all splits.
         edges: Of the bins of lengths.
     """
-    tokens = len(samples.tokens) if isinstance(samples, Windows) else None
+    stream = getattr(samples, "tokens", None)
+    tokens = len(stream) if stream is not None else None
     if tokens is None and look.lengths is not None and look.whole:
         tokens = int(look.lengths.sum())
     binary = everything.ndim > 1 and bool(np.isin(everything, (0, 1)).all())

@@ -10,10 +10,10 @@ import io
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain.knobs import UserError
 from llmtrain.words import duration, short
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -76,6 +77,47 @@ def sparkline(values: list[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((m - low) * scale)] for m in means)
+
+
+def plotted(heights: Sequence[float], rows: int, label: Callable[[float], str], mark: str) -> list[str]:
+    """A curve as lines of text over an axis, one column for each height.
+
+    Args:
+        heights: From 0, on the axis, to 1.
+        rows: Lines above the axis' own; every fourth has a label.
+        label: What stands for a height, at most nine characters.
+        mark: What the curve is drawn with.
+    """
+    lines = []
+    for row in range(rows, -1, -1):
+        name = label(row / rows) if row % 4 == 0 else ""
+        lines.append(f"{name:>9} |" + "".join(mark if round(h * rows) == row else " " for h in heights).rstrip())
+    return [*lines, " " * 10 + "+" + "-" * len(heights)]
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty picture of so many inches.
+
+    Raises:
+        UserError: If matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--png needs matplotlib: pip install 'llmtrain[plots]'") from None
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def save_figure(picture: Any, file: Path) -> None:
+    """Writes a picture of `figure` as a PNG.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    try:
+        picture.savefig(file, format="png")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
 class Screen:

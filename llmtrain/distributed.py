@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,3 +31,21 @@ def total_count(count: int, device: torch.device) -> int:
     if world() == 1:
         return count
     return int(total(torch.tensor(count, device=device)).item())
+
+
+def everyone(value: Any) -> list[Any]:
+    """What each process has of a value, by rank; tensors in it, also within lists and tuples, come to the host.
+
+    Only processes of one run send each other anything, so pickle, which carries it, is safe here.
+    """
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, _on_host(value))
+    return found
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_host, value))
+    return value.cpu() if isinstance(value, Tensor) else value

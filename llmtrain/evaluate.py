@@ -1,15 +1,17 @@
-"""Metrics over held-out samples."""
+"""Metrics over held-out samples, which all processes judge together: each takes its share of the batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llmtrain.data.loader import to_device
-from llmtrain.metrics import Meter
+from llmtrain.distributed import everyone, rank, world
+from llmtrain.metrics import Observer
 from llmtrain.precision import Precision
 from llmtrain.tasks import Task, gathered
 from llmtrain.types import Samples
@@ -24,7 +26,7 @@ def evaluate(
     batch_size: int,
     batches: int | None,
     prefix: str = "val",
-    beside: Sequence[Meter] = (),
+    beside: Sequence[Observer] = (),
 ) -> dict[str, float]:
     """Metrics over samples spread evenly over the held-out data, the same ones at every call.
 
@@ -35,12 +37,12 @@ def evaluate(
         task: Makes the questions, and names the metrics.
         precision: Number formats.
         batch_size: Samples per forward pass; shapes are always the same.
-        batches: Most batches; None takes all samples.
+        batches: Most batches, of all processes together; None takes all samples.
         prefix: What the metrics' names begin with.
-        beside: Meters that see the same batches, beside those of the task; what they found is theirs to tell.
+        beside: They see the batches of this process, beside the task's meters; what they found is theirs to tell.
 
     Returns:
-        The task's metrics, each named `val_...` or after another prefix.
+        The task's metrics, each named `val_...` or after another prefix; the same ones in every process.
     """
     device = next(model.parameters()).device
     chosen = spread(samples, batch_size, batches)
@@ -50,7 +52,7 @@ def evaluate(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for first in range(0, len(chosen), batch_size):
+        for first in range(rank() * batch_size, len(chosen), world() * batch_size):
             indices = chosen[first : first + batch_size]
             padded = np.resize(indices, batch_size)  # the last batch is filled up, and masked
             keys = [(0, 0, int(index)) for index in padded]
@@ -67,9 +69,22 @@ def evaluate(
                 for meter in (*meters, *beside):
                     meter.update(outputs, *batch[1:])
     model.train(training)
-    assert isinstance(sums, Tensor), "there are held-out samples, or the data would have been refused"
-    metrics = gathered(task, sums.tolist(), count, weight, meters)  # every process judges the same samples
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}
+    shares = everyone((sums, count, weight, [meter.state for meter in meters]))
+    return {f"{prefix}_{name}": value for name, value in _together(task, shares).items()}
+
+
+def _together(task: Task, shares: Sequence[tuple[Any, int, float, list[Any]]]) -> dict[str, float]:
+    """The metrics from what each process has found: sums, count, weight, and the states of its meters."""
+    sums, counts, weights, found = zip(*shares, strict=True)
+    meters = [make() for make in task.meters]
+    for states in found:
+        for meter, make, state in zip(meters, task.meters, states, strict=True):
+            other = make()
+            other.state = state
+            meter.merge(other)
+    whole = sum(sums)
+    assert isinstance(whole, Tensor), "there are held-out samples, or the data would have been refused"
+    return gathered(task, whole.tolist(), sum(counts), sum(weights), meters)
 
 
 def spread(samples: Samples, batch_size: int, batches: int | None) -> np.ndarray:

@@ -22,8 +22,9 @@ from llmtrain.counts import PASSAGE, Counts, Lengths, Quantity, counted, drawn, 
 from llmtrain.display import Screen, page, printed, tabular
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.report import printable
-from llmtrain.run import provisional, read_data, setup_for
+from llmtrain.run import provisional, read_data, setup_for, task_of
 from llmtrain.story import Origin
+from llmtrain.tasks import with_baseline
 from llmtrain.types import Augment, Batch, Data, Samples
 
 _BAR = 24
@@ -96,7 +97,9 @@ def inspect(config: RunConfig, origin: Origin, as_json: bool, png: str | None = 
 def _find(config: RunConfig, origin: Origin, quiet: bool) -> Findings:
     screen = Screen()
     try:
-        data = read_data(config, None if quiet else screen.preparing, _has_task(config))
+        asked = _has_task(config)
+        data = read_data(config, None if quiet else screen.preparing, asked)
+        data = _guessed(config, data) if asked else data
     finally:
         screen.prepared()
     seed, sides = config.train.seed, sides_of(data)
@@ -122,6 +125,14 @@ def _has_task(config: RunConfig) -> bool:
         return config.task.build(provisional(config.data.build(setup_for(config)), config), None) is not None
     except (ConfigError, AttributeError):  # there may be none
         return False
+
+
+def _guessed(config: RunConfig, data: Data) -> Data:
+    """The data with the baseline of the task; where its labels or the metrics do not fit, `train` tells that."""
+    try:
+        return with_baseline(data, task_of(config, data))
+    except (ConfigError, UserError):
+        return data
 
 
 def _examples(data: Data, samples: Samples, augment: Augment | None, seed: int) -> list[dict[str, Any]]:
@@ -183,7 +194,7 @@ def _plain(found: Findings) -> dict[str, Any]:
         "left_out": found.left_out,
         "copies": asdict(found.counts.copies),
         "features": [asdict(feature) for feature in found.counts.features],
-        "baseline": {"by": data.baseline[0], **data.baseline[1]},
+        "baseline": data.baseline and {"by": data.baseline[0], **data.baseline[1]},
         "examples": {name: [shown(e) for e in some] for name, some in found.examples.items()},
     }
 
@@ -225,8 +236,9 @@ def _about(found: Findings) -> Table:
         rows.append(("vocabulary", f"{data.tokenizer.vocab:,}, tokenizer {found.config.tokenizer.part.name}"))
     if found.counts.bytes_per_token is not None:
         rows.append(("bytes per token", f"{found.counts.bytes_per_token:.2f}"))
-    by, metrics = data.baseline
-    rows.append(("to beat", f"guessing by {by}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())))
+    if data.baseline is not None:
+        by, metrics = data.baseline
+        rows.append(("to beat", f"guessing by {by}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())))
     for name, value in rows:
         table.add_row(name, Text(printable(str(value))))
     return table

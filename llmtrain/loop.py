@@ -219,9 +219,9 @@ def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> Literal["
     optimizer, scaler, regularizer = state.optimizer, state.scaler, job.regularizer
     with state.masters.lifted() if state.masters is not None else nullcontext():
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
-        regularizer.add_gradients()
+        norms = regularizer.add_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([norms.get(p, p.grad) for p in parameters])
         applied = not scaler.is_enabled() or bool(torch.isfinite(norm))  # only float16 waits for the device here
         if applied:
             limit = job.grad_clip

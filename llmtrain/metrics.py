@@ -165,12 +165,22 @@ def read_answers(outputs: Tensor, targets: Tensor) -> Judged:
     return Judged(said, wanted, chance, said == wanted, torch.where(said, chance, 1 - chance))
 
 
-class Meter(Protocol):
-    """Metrics with a state that batches go into one after the other."""
+class Observer(Protocol):
+    """Sees what a model says, batch by batch."""
 
     def update(self, outputs: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Takes a batch: outputs (B, ...), targets (B,) or (B, n), and mask (B,), true where a sample counts."""
         ...
+
+
+class Meter(Observer, Protocol):
+    """Metrics with a state that batches go into one after the other.
+
+    Attributes:
+        state: What has been seen: tensors and plain values alone, to be sent to another process.
+    """
+
+    state: Any
 
     def merge(self, other: Any) -> None:
         """Takes what a meter of the same kind has seen, as in another process."""
@@ -191,17 +201,17 @@ class Counts:
 
     def __init__(self, read: Reader, every: bool = False):
         self._read, self._every = read, every
-        self.sums: Tensor | int = 0
+        self.state: Tensor | int = 0
 
     def update(self, outputs: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Takes a batch."""
         seen = self._read(outputs, targets)
         each = torch.stack((seen.said & seen.wanted, seen.said, seen.wanted))
-        self.sums = self.sums + (each & mask.unsqueeze(-1)).sum(1)
+        self.state = self.state + (each & mask.unsqueeze(-1)).sum(1)
 
     def merge(self, other: Counts) -> None:
         """Takes what another has counted."""
-        self.sums = self.sums + other.sums
+        self.state = self.state + other.state
 
     def table(self) -> np.ndarray:
         """(C, 4): precision, recall, F1 and how often each class is wanted."""
@@ -222,8 +232,8 @@ class Counts:
         return found
 
     def _counts(self) -> np.ndarray:
-        assert isinstance(self.sums, Tensor), "a batch has been seen"
-        return self.sums.cpu().double().numpy()
+        assert isinstance(self.state, Tensor), "a batch has been seen"
+        return self.state.cpu().double().numpy()
 
 
 def _shares(both: Any, said: Any, wanted: Any) -> tuple[Any, Any, Any]:
@@ -240,20 +250,20 @@ class Ranking:
 
     def __init__(self, read: Reader):
         self._read = read
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.state: list[tuple[Tensor, Tensor]] = []
 
     def update(self, outputs: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Takes a batch."""
         seen, counts = self._read(outputs, targets), mask.cpu()
-        self._kept.append((seen.chance.cpu()[counts], seen.wanted.cpu()[counts]))
+        self.state.append((seen.chance.cpu()[counts], seen.wanted.cpu()[counts]))
 
     def merge(self, other: Ranking) -> None:
         """Takes what another has kept."""
-        self._kept += other._kept
+        self.state += other.state
 
     def metrics(self) -> dict[str, float]:
         """Both areas."""
-        chance, wanted = (torch.cat(kept) for kept in zip(*self._kept, strict=True))
+        chance, wanted = (torch.cat(kept) for kept in zip(*self.state, strict=True))
         if not chance.isfinite().all():  # of a model that has diverged
             return dict.fromkeys(RANKED, math.nan)
         areas = [_areas(*column) for column in zip(chance.T, wanted.T, strict=True)]
@@ -278,7 +288,7 @@ class Calibration:
 
     def __init__(self, read: Reader):
         self._read = read
-        self.sums: Tensor | float = 0.0
+        self.state: Tensor | float = 0.0
 
     def update(self, outputs: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Takes a batch."""
@@ -287,16 +297,16 @@ class Calibration:
         sure, right = seen.sure.flatten(), seen.right.flatten()
         of_bin = (sure * _BINS).ceil().clamp(1, _BINS).unsqueeze(-1) == torch.arange(1, _BINS + 1, device=sure.device)
         gap = (sure.double() - right.double()) * counts
-        self.sums = self.sums + torch.stack((gap, counts.double())) @ of_bin.double()
+        self.state = self.state + torch.stack((gap, counts.double())) @ of_bin.double()
 
     def merge(self, other: Calibration) -> None:
         """Takes what another has added up."""
-        self.sums = self.sums + other.sums
+        self.state = self.state + other.state
 
     def metrics(self) -> dict[str, float]:
         """The error, 0 to 1."""
-        assert isinstance(self.sums, Tensor), "a batch has been seen"
-        gaps, counts = self.sums
+        assert isinstance(self.state, Tensor), "a batch has been seen"
+        gaps, counts = self.state
         return {"calibration_error": float(gaps.abs().sum() / counts.sum())}
 
 
@@ -309,7 +319,7 @@ class Determination:
 
     def __init__(self, answer: Callable[[Tensor], Tensor]):
         self._answer = answer
-        self._state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def update(self, outputs: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Takes a batch."""
@@ -323,21 +333,21 @@ class Determination:
 
     def merge(self, other: Determination) -> None:
         """Takes what another has seen."""
-        if other._state is not None:
-            self._take(*other._state)
+        if other.state is not None:
+            self._take(*other.state)
 
     def _take(self, number: Tensor, middle: Tensor, spread: Tensor, missed: Tensor) -> None:
-        if self._state is not None:
-            before, mean, spread_before, missed_before = self._state
+        if self.state is not None:
+            before, mean, spread_before, missed_before = self.state
             share, apart = number / (before + number).clamp(min=1), middle - mean
             spread = spread_before + spread + apart.square() * before * share
             number, middle, missed = before + number, mean + apart * share, missed_before + missed
-        self._state = number, middle, spread, missed
+        self.state = number, middle, spread, missed
 
     def metrics(self) -> dict[str, float]:
         """R2."""
-        assert self._state is not None, "a batch has been seen"
-        number, _, spread, missed = (value.cpu().numpy() for value in self._state)
+        assert self.state is not None, "a batch has been seen"
+        number, _, spread, missed = (value.cpu().numpy() for value in self.state)
         if number < 2:
             return {"r2": math.nan}
         plain = 1 - missed / np.where(spread == 0, 1, spread)

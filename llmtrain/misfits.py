@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from llmtrain import folder, hardware
 from llmtrain.build import SCHEDULES, Choice
 from llmtrain.config import RunConfig, Train
+from llmtrain.data.order import buckets_of, can_be_cut
 from llmtrain.distributed import world
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.losses import balanced_knobs
@@ -29,6 +31,8 @@ from llmtrain.types import DataSpec
 _LARGEST_BATCH = 1 << 20
 _ASKS_NUMBERS = {"classification": False, "regression": True, "probabilistic_regression": True, "counts": True}
 """Whether a task asks for quantities; others take what there is."""
+_MOST_COMPILED = 7
+"""Lengths that torch compiles a block for, which is one less than it would, for the whole length is judged as well."""
 _SAMPLES = 1000
 """In an epoch of data that nobody has read."""
 
@@ -77,7 +81,7 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
         model = _ask(config.model, task.asked(known) if task is not None else known)
         if model is not None and spec is not None and task is not None:
             told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
-            told += _inseparable(config.train, model)
+            told += _inseparable(config.train, model) + _unshortened(config.train, model, spec)
     # what data is not known to be cannot be held against a model: it is told of the data already
     told += [misfit for misfit in against if spec is not None or misfit.key != "model.name"]
     with torch.device("meta"):
@@ -95,7 +99,7 @@ def _ask_data(config: RunConfig, told: _Told) -> tuple[DataSpec | None, Task | N
     if spec is None:
         return None, None
     odd = _unanswerable(config, spec)
-    told += odd + _untested(config, spec)
+    told += odd + _unpacked(config, spec) + _unordered(config, spec)
     with told.of("task"):
         task = _ask(config.task, spec, None) if not odd else None
     if task is not None and config.eval.monitor is not None and config.eval.mode is not None:
@@ -224,16 +228,33 @@ def _unanswerable(config: RunConfig, spec: DataSpec) -> list[Misfit]:
     if spec.numbers is None or _ASKS_NUMBERS.get(name, spec.numbers) == spec.numbers:
         return []
     wanted, there = ("quantities", "classes") if not spec.numbers else ("classes", "quantities")
-    right = "task=regression loss=mse" if spec.numbers else "task=classification loss=cross_entropy"
+    right = "task=regression" if spec.numbers else "task=classification"
     return [Misfit("task.name", name, f"asks for {wanted}, and the labels of this data are {there}", right)]
 
 
-def _untested(config: RunConfig, spec: DataSpec) -> list[Misfit]:
-    """Samples are kept for a test only where each is one of its own."""
-    if spec.shape or spec.outputs or not config.eval.test_fraction:
+def _unpacked(config: RunConfig, spec: DataSpec) -> list[Misfit]:
+    """Documents are put together only where the samples are made of a text."""
+    packing = config.train.packing if config.train is not None else None
+    if packing in (None, "stream") or not (spec.shape or spec.outputs):
         return []
-    rule = "keeps no samples of a text; hold out with eval.val_fraction"
-    return [Misfit("eval.test_fraction", config.eval.test_fraction, rule, "null")]
+    return [Misfit("train.packing", packing, "puts documents of a text together, and this data has samples", "stream")]
+
+
+def _unordered(config: RunConfig, spec: DataSpec) -> list[Misfit]:
+    """Orders that the samples of this data cannot come in."""
+    train, task = config.train, config.task.part.name if config.task is not None else None
+    found: list[Misfit] = []
+    if train is not None and train.balance and (spec.numbers or not spec.outputs or _ASKS_NUMBERS.get(task)):
+        found.append(Misfit("train.balance", train.balance, "draws by classes, and this data has none", "0"))
+    if train is None or train.buckets in (None, 1):
+        return found
+    if not can_be_cut(spec):
+        rule = "has nothing to cut: no samples of this data are filled up with padding and judged as a whole"
+        found.append(Misfit("train.buckets", train.buckets, rule, "1"))
+    elif train.compile in ("block", "model") and train.buckets > _MOST_COMPILED:
+        rule = f"must be at most {_MOST_COMPILED} with train.compile={train.compile}, which compiles each length"
+        found.append(Misfit("train.buckets", train.buckets, rule, str(_MOST_COMPILED)))
+    return found
 
 
 def _peeking(task: Task | None, model: nn.Module) -> list[Misfit]:
@@ -273,6 +294,20 @@ def _inseparable(train: Train | None, model: nn.Module) -> list[Misfit]:
         "take null for this model and data"
     )
     return [Misfit("train.head_chunk", train.head_chunk, rule, "null")]
+
+
+def _unshortened(train: Train | None, model: nn.Module, spec: DataSpec) -> list[Misfit]:
+    """A model that cannot take samples cut short."""
+    if train is None or train.buckets is None or (buckets := buckets_of(spec, train.buckets)) is None:
+        return []
+    short, whole = (hardware.blank(replace(spec, context=n), 2) for n in (buckets.lengths[0], spec.context))
+    model.eval()
+    try:
+        fits = model(short).shape == model(whole).shape
+    except (RuntimeError, ValueError, IndexError):
+        fits = False
+    rule = f"cuts samples to {short.size(1)} tokens, and this model takes no other number than {spec.context}"
+    return [] if fits else [Misfit("train.buckets", train.buckets, rule, "1")]
 
 
 def _any_text(config: RunConfig) -> DataSpec:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmtrain import checkpoint, folder, hardware
+from llmtrain import checkpoint, folder, hardware, history, loop
 from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
 from llmtrain.chunked import in_chunks
 from llmtrain.config import RunConfig
 from llmtrain.data.loader import Loader
+from llmtrain.data.order import buckets_of, order_of
 from llmtrain.display import Screen
 from llmtrain.distributed import rank, world
 from llmtrain.evaluate import evaluate
@@ -70,9 +71,11 @@ def setup_for(config: RunConfig, roles: Sequence[str] | None = None, progress: A
         split_seed=config.eval.split_seed,
         stratify=config.eval.stratify,
         fold=(config.eval.fold, config.eval.folds) if config.eval.folds and config.eval.fold is not None else None,
+        test_fold=config.eval.test_fold,
         cache=Path(config.run.cache if config.run is not None else "").expanduser(),
         progress=progress,
         dry=roles is None,
+        packing=config.train.packing if config.train is not None and config.train.packing is not None else "stream",
     )
 
 
@@ -130,10 +133,7 @@ def train(config: RunConfig, origin: Origin) -> Result:
     """
     screen = Screen(config.log.picture)
     try:
-        device = hardware.choose_device(config.train.device)
-        torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
-        if device.type == "cpu":
-            hardware.keep_freed_memory()
+        device = settle(config)
         data = prepare_data(config, screen)
         model, optim = origin.option("model", config.model.part.name), origin.option("optim", config.optim.part.name)
         place = folder.place(config.run.dir, config.run.name, f"{model}-{optim}".replace(":", "-"))
@@ -143,30 +143,36 @@ def train(config: RunConfig, origin: Origin) -> Result:
         screen.close()
 
 
+def settle(config: RunConfig) -> torch.device:
+    """The device of a run, with this process made ready for it: threads, and what becomes of freed memory."""
+    device = hardware.choose_device(config.train.device)
+    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
+    return device
+
+
 def _train_in(
     place: Path, config: RunConfig, origin: Origin, data: Data, device: torch.device, screen: Screen
 ) -> Result:
     precision: Precision = config.precision.build(device)
     task = task_of(config, data)
-    state, regularizer = _make(config, task.asked(data.spec), device, precision)
+    state, regularizer = make(config, task.asked(data.spec), device, precision)
     source = _find_source(place, config, screen)
     record = _resume(source, state, config, data) if source is not None else {}
     screen.keep_log(place / "log.txt")
-    folder.write_config(place, config.plain(), origin.overrides, origin.choices)
-    folder.write_json(place / "data.json", {"facts": data.facts, "names": data.names, **data.record})
-    if data.tokenizer is not None:
-        data.tokenizer.save(place / "tokenizer.json")
     length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))
     scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen)
+    _write_down(scene, state)
     stop = Stop()
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
-        job = _make_job(scene, regularizer, watcher, stop)
+        job = make_job(scene, regularizer, watcher, stop)
         summarize(scene, state)
         for note in getattr(scene.model, "notes", []):
             screen.say(note)
         if source is not None:
             screen.say(f"resumed from {source} at step {state.step}" + _changes(record, config))
-        status = fit(state, job)
+        status, seconds = fit(state, job), watcher.seconds()
         screen.end()
         if status == "finished" and job.goal.missed(costs := state.costs[job.goal.key]):
             screen.say(job.goal.why(costs))
@@ -177,8 +183,20 @@ def _train_in(
             with judged(state):
                 result.sample = _sample(scene)
                 result.metrics |= _test(scene)
-    conclude(scene, result)
+    conclude(scene, result, seconds)
     return result
+
+
+def _write_down(scene: Scene, state: TrainState) -> None:
+    """Writes what the run is made of, before its first step."""
+    place, config, origin, data, length = scene.place, scene.config, scene.origin, scene.data, scene.length
+    folder.write_config(place, config.plain(), origin.overrides, origin.choices)
+    folder.write_json(place / "data.json", {"facts": data.facts, "names": data.names, **data.record})
+    if data.tokenizer is not None:
+        data.tokenizer.save(place / "tokenizer.json")
+    goal = goal_of(config.eval)
+    steps = length.steps(state.step, state.seconds) if length.seconds is None else None
+    history.begin(place, config.plain(), vars(origin), (f"val_{goal.monitor}", goal.mode == "max"), steps)
 
 
 def pace_of(config: RunConfig, samples: int, spec: DataSpec) -> Pace:
@@ -191,7 +209,7 @@ def pace_of(config: RunConfig, samples: int, spec: DataSpec) -> Pace:
     return Pace(*(in_steps(choice, config.train.batch_size, samples, spec).bind() for choice in chosen))
 
 
-def _make(
+def make(
     config: RunConfig, spec: DataSpec, device: torch.device, precision: Precision
 ) -> tuple[TrainState, Regularizer]:
     """Model and optimizer with the weights that the seed gives, and the regularizer on those weights."""
@@ -212,9 +230,11 @@ def _make(
     return TrainState(model, optimizer, precision.scaler, average=average, masters=masters), regularizer
 
 
-def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: Stop) -> Job:
+def make_job(scene: Scene, regularizer: Regularizer, watcher: loop.Watcher, stop: Callable[[], bool]) -> Job:
+    """What the loop is given: batches of the scene's data, and its loss, compiled as `train.compile` says."""
     config, data, model = scene.config, scene.data, scene.model
     train = config.train
+    size, buckets = train.batch_size // (train.accumulate * world()), buckets_of(data.spec, train.buckets)
     loader = Loader(
         data.train,
         batch_size=train.batch_size,
@@ -222,6 +242,8 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
         seed=train.seed,
         device=scene.device,
         limit=scene.length.samples,
+        order=order_of(data.train, seed=train.seed, balance=train.balance, buckets=buckets, size=size),
+        buckets=buckets,
         vary=scene.task.vary,
         augment=config.augment.build(data.spec, data.tokenizer),
         rank=rank(),
@@ -233,7 +255,7 @@ def _make_job(scene: Scene, regularizer: Regularizer, watcher: Watcher, stop: St
     return Job(
         loader=loader,
         loss=_compiled(summed(model, loss, train.head_chunk, whole), model, train.compile),
-        evaluate=_judge(scene, data.val, config.eval.batches and config.eval.batches * train.accumulate),
+        evaluate=_judge(scene, data.val, config.eval.batches and config.eval.batches * train.accumulate * world()),
         save=lambda state: checkpoint.save(scene.place / "checkpoints", state, config.checkpoint.keep, extra),
         watcher=watcher,
         regularizer=regularizer,
@@ -274,8 +296,9 @@ def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "v
 
 
 def _test(scene: Scene) -> dict[str, float]:
-    """The metrics on the test samples, looked at this once."""
-    return _judge(scene, scene.data.test, None, "test")() if scene.data.test is not None else {}
+    """The metrics on the test samples, looked at this once; a fold, which is to choose by, leaves them alone."""
+    choosing = scene.config.eval.fold is not None
+    return _judge(scene, scene.data.test, None, "test")() if scene.data.test is not None and not choosing else {}
 
 
 def summed(
@@ -361,17 +384,10 @@ def _resume(source: Path, state: TrainState, config: RunConfig, data: Data) -> d
 
 def _changes(record: dict[str, Any], config: RunConfig) -> str:
     """The knobs that differ from those of the checkpoint, in words."""
-    old, new = _flat(record["config"]), _flat(config.plain())
+    old, new = folder.flat(record["config"]), folder.flat(config.plain())
     ignored = ("resume", "run.name", "log.picture")
     changed = [f"{k}: {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k not in ignored]
     return f"; changed since: {', '.join(changed)}" if changed else ""
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _sample(scene: Scene) -> str:

@@ -18,7 +18,7 @@ from llmtrain import budget, hardware
 from llmtrain.budget import Flops, Layer, Memory
 from llmtrain.build import SCHEDULES
 from llmtrain.config import RunConfig
-from llmtrain.display import page, printed, tabular
+from llmtrain.display import figure, page, plotted, printed, save_figure, tabular
 from llmtrain.knobs import UserError
 from llmtrain.loop import Length
 from llmtrain.models.transformer import TokenHead, count_parameters
@@ -296,12 +296,9 @@ def _drawn(curve: Curve, config: RunConfig, mark: str) -> Text:
     top = max(curve.rates) or 1.0
     columns = min(_COLUMNS, len(curve.rates))
     last = len(curve.rates) - 1
-    heights = [curve.rates[round(i * last / max(columns - 1, 1))] / top * _ROWS for i in range(columns)]
-    lines = [_title(config), ""]
-    for row in range(_ROWS, -1, -1):
-        label = f"{top * row / _ROWS:.2e}" if row % 4 == 0 else ""
-        lines.append(f"{label:>9} |" + "".join(mark if round(h) == row else " " for h in heights).rstrip())
-    lines += [" " * 10 + "+" + "-" * columns, f"{'step':>9}  1{curve.steps:>{max(columns - 1, 1)}}", ""]
+    heights = [curve.rates[round(i * last / max(columns - 1, 1))] / top for i in range(columns)]
+    lines = [_title(config), "", *plotted(heights, _ROWS, lambda share: f"{top * share:.2e}", mark)]
+    lines += [f"{'step':>9}  1{curve.steps:>{max(columns - 1, 1)}}", ""]
     return Text("\n".join(lines + _curve_words(curve, config)))
 
 
@@ -331,12 +328,8 @@ def _paint(curve: Curve, config: RunConfig, file: Path) -> None:
     Raises:
         UserError: If matplotlib is not there, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--png needs matplotlib: pip install 'llmtrain[plots]'") from None
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    at, left = [step + 1 for step in curve.at], figure.add_subplot()
+    picture = figure(8, 4.5)
+    at, left = [step + 1 for step in curve.at], picture.add_subplot()
     left.plot(at, curve.rates, label="learning rate")
     left.set(xlabel="\n".join(["optimizer step", *curve.notes]), ylabel="learning rate", title=_title(config))
     left.set(xlim=(0, curve.steps + 1), ylim=(0, None))
@@ -346,11 +339,8 @@ def _paint(curve: Curve, config: RunConfig, file: Path) -> None:
         for number, (group, values) in enumerate(curve.others.items(), start=1):
             right.plot(at, values, f"C{number}--", label=f"{group} {getattr(config, group).part.name}")
         right.set(ylabel="multiplier", ylim=(0, 1.05))
-        figure.legend(loc="outside lower center", ncols=2)
-    try:
-        figure.savefig(file, format="png")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from None
+        picture.legend(loc="outside lower center", ncols=2)
+    save_figure(picture, file)
 
 
 def _plain(found: Findings) -> dict[str, Any]:

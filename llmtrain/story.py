@@ -73,14 +73,17 @@ class Watcher:
         self.last = metrics
         for sink in self._sinks:
             sink.write(step, metrics)
-        seconds = self._before + time.monotonic() - self._begun
-        self._scene.screen.measured(step, metrics, self._scene.length.steps(step, seconds))
+        self._scene.screen.measured(step, metrics, self._scene.length.steps(step, self.seconds()))
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Tells metrics on held-out data."""
         for sink in self._sinks:
             sink.write(step, metrics)
         self._scene.screen.evaluated(step, metrics)
+
+    def seconds(self) -> float:
+        """Seconds of training, those of before a restore included."""
+        return self._before + time.monotonic() - self._begun
 
     def close(self) -> None:
         """Closes the files."""
@@ -156,16 +159,20 @@ def _origin_in_words(origin: Origin) -> list[tuple[str, str]]:
     return rows + ([("defaults", "conf/config.yaml, " + ", ".join(sorted(files)))] if files else [])
 
 
-def conclude(scene: Scene, result: Result) -> None:
-    """Writes `result.json` and shows the sample and the closing table."""
+def conclude(scene: Scene, result: Result, seconds: float) -> None:
+    """Writes `result.json`, with the seconds of training, and shows the sample and the closing table."""
     place, screen, metrics = scene.place, scene.screen, result.metrics
-    name, guess = scene.data.baseline
+    guess = scene.data.baseline
     record = {
         "status": result.status,
         "step": result.step,
         "metrics": metrics,
         "best": result.best,
-        "baseline": {"by": name, **guess},
+        "monitor": result.monitor,
+        "rising": result.rising,
+        "seconds": seconds,
+        "ended": time.time(),
+        "baseline": guess and {"by": guess[0], **guess[1]},
         "sample": result.sample,
     }
     folder.write_json(place / "result.json", record)
@@ -179,7 +186,7 @@ def conclude(scene: Scene, result: Result) -> None:
         ("metrics", str(place / "metrics.jsonl") + board),
     ]
     if scene.task.causal:
-        rows.append(("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt)}"))
+        rows.append(("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt, ensure_ascii=False)}"))
     screen.table(f"{result.status} after {result.step} steps", rows)
     if result.status == "diverged":
         screen.say("The loss is no longer a number. Lower optim.lr, raise schedule.warmup, or lower train.grad_clip.")
@@ -210,9 +217,11 @@ def compare(jobs: Sequence[tuple[list[str], Result]]) -> None:
 
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:
-    metrics, (name, guess) = result.metrics, scene.data.baseline
-    words = scene.task.words
-    rows = [("validation", words(_named(metrics, "val_"))), ("baseline", f"{words(guess)} by guessing from {name}")]
+    metrics, words = result.metrics, scene.task.words
+    rows = [("validation", words(_named(metrics, "val_")))]
+    if scene.data.baseline is not None:
+        by, reached = scene.data.baseline
+        rows.append(("baseline", f"{words(reached)} by guessing from {by}"))
     if result.best and result.best["step"] != result.step:
         rows.append(("best", f"{words(_named(result.best, 'val_'))} at step {int(result.best['step'])}"))
     if (tested := _named(metrics, "test_")) and scene.data.test_baseline is not None:

@@ -38,6 +38,8 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 Key = tuple[int, ...]
 Guess = tuple[str, Sequence[float]]
 
+_TOGETHER = 4096
+"""Samples whose guess is judged at a time."""
 _LEAST_VARIANCE = 1e-6
 """What metrics believe of a model that is surer of itself."""
 _HALF_WIDTH = 1.6448536269514722
@@ -171,16 +173,21 @@ def with_baseline(data: Data, task: Task) -> Data:
     """
     if task.guess is None:
         return data
-    name, answer = task.guess(task.targets(data.train))
+    known = task.targets(data.train)
+    if (known.ndim > 1) != task.numbers:
+        there = "classes" if task.numbers else "quantities"
+        raise UserError(f"task={task.name}: the targets of this data are {there}")
+    name, answer = task.guess(known)
 
     def reached(samples: Samples) -> tuple[str, dict[str, float]]:
-        targets = torch.from_numpy(task.targets(samples))
-        outputs = torch.tensor(answer, dtype=torch.float32).expand(len(targets), -1)
-        sums = task.score(outputs, targets).double().sum(0).tolist()
-        meters = [make() for make in task.meters]
-        for meter in meters:
-            meter.update(outputs, targets, torch.ones(len(targets), dtype=torch.bool))
-        return name, gathered(task, sums, len(targets), float(len(targets)), meters)
+        whole = torch.from_numpy(task.targets(samples))
+        meters, sums = [make() for make in task.meters], torch.zeros((), dtype=torch.float64)
+        for targets in whole.split(_TOGETHER):
+            outputs = torch.tensor(answer, dtype=torch.float32).expand(len(targets), -1)
+            sums = sums + task.score(outputs, targets).double().sum(0)
+            for meter in meters:
+                meter.update(outputs, targets, torch.ones(len(targets), dtype=torch.bool))
+        return name, gathered(task, sums.tolist(), len(whole), float(len(whole)), meters)
 
     return replace(data, baseline=reached(data.val), test_baseline=reached(data.test) if data.test else None)
 
@@ -338,6 +345,10 @@ def classification(spec: DataSpec, tokenizer: Any) -> Task:
     def metrics(sums: Sequence[float], count: int, weight: float) -> dict[str, float]:
         return {"loss": sums[0] / max(count, 1), "accuracy": sums[1] / max(count, 1)}
 
+    def guess(targets: np.ndarray) -> Guess:
+        counts = np.bincount(targets, minlength=spec.outputs) + 1  # once more each: none is held to be impossible
+        return "class frequencies", np.log(counts / counts.sum()).tolist()
+
     return Task(
         "classification",
         _nats_and_hits,
@@ -349,6 +360,7 @@ def classification(spec: DataSpec, tokenizer: Any) -> Task:
         usual=("loss", "accuracy", "f1_macro"),
         read=read_classes,
         counted=True,
+        guess=guess,
     )
 
 
@@ -429,6 +441,7 @@ def regression(spec: DataSpec, tokenizer: Any) -> Task:
         metrics,
         **_of_numbers(("loss", "mse", "rmse", "mae"), lambda outputs: outputs),
         losses="numbers, as mse and mae do",
+        guess=lambda targets: ("the mean", targets.mean(0).tolist()),
     )
 
 

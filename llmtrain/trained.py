@@ -67,8 +67,8 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     beside = [kept] if kept is not None else []
     metrics = evaluate(model, score, samples, task, precision, size, settings.batches, settings.split, beside)
     rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
-    name, reached = (settings.split == "test" and data.test_baseline) or data.baseline
-    rows += [(f"guess by {name}", task.words(reached))]
+    if (guess := (settings.split == "test" and data.test_baseline) or data.baseline) is not None:
+        rows.append((f"guess by {guess[0]}", task.words(guess[1])))
     rows += [("data", data.facts["about"]), ("samples", settings.split), ("checkpoint", str(path))]
     screen.table("llmtrain eval", rows)
     record: dict[str, Any] = {"checkpoint": path.name, "batches": settings.batches, **metrics}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,17 +94,38 @@ class Augment(Protocol):
 
 
 class Stretch(NamedTuple):
-    """What is held out of a line on which all of the data stands, from 0 to 1.
+    """What is held out of a line on which all of the data stands, from 0 to 1: first the test, then what follows it.
 
     Attributes:
-        start: Where it begins.
-        end: Where it no longer is.
+        start: Where validation begins, as a share of what the test leaves.
+        end: Where it no longer is, as such a share.
         seed: Of the order in which the data stands there, where that is drawn.
+        test: How much the test has.
+        turn: Where it begins; what follows its end goes on from 0.
     """
 
     start: float
     end: float
     seed: int
+    test: float = 0.0
+    turn: float = 0.0
+
+    def parts(self) -> list[tuple[float, float, str]]:
+        """The line from its beginning, none of it empty: from where, to where, and who stands there."""
+        places = (self.test + (1 - self.test) * place for place in (0.0, self.start, self.end))
+        ends = [round(self.turn + place, 12) for place in (0.0, *places, 1.0)]
+        cuts = [*zip(ends, ends[1:], ("test", "train", "val", "train"), strict=False)]
+        cuts = [(low - by, high - by, side) for low, high, side in cuts for by in (0, 1)]
+        found = sorted((max(low, 0.0), min(high, 1.0), side) for low, high, side in cuts)
+        return [cut for cut in found if cut[0] < cut[1]]
+
+    def side(self, place: float) -> str:
+        """Who stands at a place below 1."""
+        return next(name for start, end, name in self.parts() if start <= place < end)
+
+    def share(self, side: str) -> float:
+        """How much of the line a side has."""
+        return sum(end - start for start, end, name in self.parts() if name == side)
 
 
 @dataclass(frozen=True)
@@ -123,7 +144,10 @@ class Setup:
         test_fraction: Share of the data that is kept for the test; None: as is usual for this kind of data.
         split_seed: Start of the draw of who is held out.
         stratify: Whether each side gets its share of each class.
-        fold: Which fold is held out, and of how many; None: `val_fraction` says how much is.
+        fold: Which fold is held out, and of how many; None: `val_fraction` says how much is. Of 0 nothing is, and
+            what is learned from stands in its place.
+        test_fold: Which stretch of that size is the test; None: the first.
+        packing: How the documents of a text become samples, see `data.packing.rows_of`.
     """
 
     tokenizer: Callable[[Iterator[str]], Any]
@@ -137,14 +161,17 @@ class Setup:
     split_seed: int = 0
     stratify: bool = True
     fold: tuple[int, int] | None = None
+    test_fold: int | None = None
+    packing: Literal["stream", "best_fit", "single"] = "stream"
 
     @property
     def held_out(self) -> Stretch:
-        """What is held out of the data, the test aside."""
+        """What is held out of the data; where nothing is said of the test, that is none of it."""
         start, end = 0.0, self.val_fraction
         if self.fold is not None:
             start, end = self.fold[0] / self.fold[1], (self.fold[0] + 1) / self.fold[1]
-        return Stretch(start, end, self.split_seed)
+        test = self.test_fraction or 0.0
+        return Stretch(start, end, self.split_seed, test, test * (self.test_fold or 0))
 
 
 @dataclass(frozen=True)
@@ -159,7 +186,7 @@ class Data:
         fingerprint: SHA-256 of content and preparation: equal only where every token is equal.
         words: What a person wants to know of the data, in one sentence.
         facts: The same as numbers.
-        baseline: What a guess goes by, and its metrics: what a model has to beat.
+        baseline: What a guess goes by, and its metrics: what a model has to beat. None: that is the task's to say.
         test: Samples that are looked at once, after training; None where there are none.
         test_baseline: The same guess on those.
         names: What the classes, or the quantities, are called; None where nobody knows.
@@ -174,7 +201,7 @@ class Data:
     fingerprint: str
     words: str
     facts: dict[str, Any]
-    baseline: tuple[str, dict[str, float]]
+    baseline: tuple[str, dict[str, float]] | None
     test: Samples | None = None
     test_baseline: tuple[str, dict[str, float]] | None = None
     names: list[str] | None = None

@@ -441,7 +441,7 @@ def test_an_unknown_flag_shows_the_known_ones(call):
     assert "Traceback" not in said.err
 
 
-def test_a_mistake_in_the_data_is_not_held_against_the_model(tmp_path: Path, refused: Any) -> None:
+def test_a_mistake_in_the_data_is_not_held_against_the_model(tmp_path, refused):
     (tmp_path / "t.csv").write_text("a,y\n1,x\n2,z\n")
     words = (
         "data=table",

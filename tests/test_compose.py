@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -119,6 +120,83 @@ def test_an_overlay_overrides_a_group_without_a_folder(folder: Path):
     assert one("experiment=mine", "schedule@batch_schedule=none", folder=folder).choices["schedule@batch_schedule"] == (
         "none"
     )
+
+
+def chosen(*overrides: str, **given: Any) -> tuple[str, str]:
+    """The task and the loss that a run gets, as parts and as options."""
+    job = one(*overrides, **given)
+    assert job.misfits == [] and job.values is not None
+    found = job.values["task"]["name"], job.values["loss"]["name"]
+    assert found == (job.choices["task"], job.choices["loss"])
+    return found
+
+
+USUAL = {
+    "causal_lm": "cross_entropy",
+    "masked_lm": "cross_entropy",
+    "classification": "cross_entropy",
+    "multilabel": "bce",
+    "regression": "mse",
+    "probabilistic_regression": "gaussian_nll",
+    "counts": "poisson_nll",
+}
+
+
+@pytest.mark.parametrize("task", options("task"))
+def test_the_task_picks_its_usual_loss_until_one_is_named(task: str):
+    assert chosen(f"task={task}") == (task, USUAL[task])
+    assert chosen(f"task={task}", "data=diabetes") == (task, USUAL[task])
+    assert chosen("model=bert_nano", f"task={task}", "data=digits") == (task, USUAL[task])
+    assert chosen(f"task={task}", "loss=huber") == chosen("loss=huber", f"task={task}") == (task, "huber")
+    assert chosen("experiment=bert", f"task={task}") == (task, USUAL[task])
+    assert one(f"task={task}").values["loss"] == option_values("loss", USUAL[task])
+
+
+def test_data_that_picks_a_task_picks_its_loss():
+    assert chosen() == ("causal_lm", "cross_entropy")
+    assert chosen("data=diabetes") == ("regression", "mse")
+    assert chosen("data=diabetes", "loss=mae") == ("regression", "mae")
+    assert chosen("data=digits") == ("classification", "cross_entropy")
+    jobs = grid("task=regression,counts,classification")
+    assert [job.values["loss"]["name"] for job in jobs if job.values] == ["mse", "poisson_nll", "cross_entropy"]
+
+
+def test_files_pick_a_loss_through_a_task_or_by_name(folder: Path):
+    overlays = {
+        "task": "override /task: counts",
+        "data": "override /data: diabetes",
+        "loss": "override /loss: huber, override /task: regression",
+    }
+    (folder / "experiment").mkdir()
+    for name, choices in overlays.items():
+        listed = "".join(f"  - {choice}\n" for choice in choices.split(", "))
+        (folder / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\ndefaults:\n{listed}")
+        own = "".join(f"  - {choice.replace('/', '')}\n" for choice in choices.split(", "))
+        (folder / f"{name}_of_mine.yaml").write_text(f"defaults:\n  - config\n{own}  - _self_\n")
+    expected = {"task": ("counts", "poisson_nll"), "data": ("regression", "mse"), "loss": ("regression", "huber")}
+    for name, pair in expected.items():
+        assert chosen(f"experiment={name}", folder=folder) == pair
+        assert chosen(folder=folder, name=f"{name}_of_mine") == pair
+        assert chosen(f"experiment={name}", "loss=mae", folder=folder) == (pair[0], "mae")
+        assert chosen("loss=mae", folder=folder, name=f"{name}_of_mine") == (pair[0], "mae")
+        assert chosen(f"experiment={name}", "task=multilabel", folder=folder)[1] == (
+            "huber" if name == "loss" else "bce"
+        )
+    (folder / "task").mkdir()
+    (folder / "task" / "other.yaml").write_text("name: other\n")  # a task that says nothing of a loss
+    assert one("task=other", folder=folder).choices["loss"] == "cross_entropy"
+
+
+def test_the_loss_that_the_task_picks_is_shown(call):
+    said = call("train", "data=diabetes", "task=counts", "--cfg", "job")
+    assert said.code == 0 and yaml.safe_load(said.out)["loss"] == option_values("loss", "poisson_nll")
+
+
+def test_a_loss_called_auto_is_told_to_be_left_out():
+    [misfit] = one("loss=auto", "task=regression").misfits
+    assert misfit.rule.startswith("no such option; leave it out for the usual one; there are bce, ")
+    [other] = one("loss=autos").misfits
+    assert other.rule.startswith("no such option; there are bce, ")
 
 
 def test_numbers_of_the_command_line_are_numbers():

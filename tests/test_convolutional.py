@@ -34,7 +34,15 @@ SMALL: dict[str, Any] = {
     "dropout": 0.0,
 }
 DATA = DataSpec(shape=(3, 40, 33), outputs=5)
-TEXT: dict[str, Any] = {"width": 6, "kernels": [1, 3, 4], "channels": 5, "activation": "tanh", "dropout": 0.0}
+TEXT: dict[str, Any] = {
+    "width": 6,
+    "kernels": [1, 3, 4],
+    "channels": 5,
+    "activation": "tanh",
+    "dropout": 0.0,
+    "ngrams": [],
+    "buckets": 1 << 20,
+}
 
 
 def normal(model: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
@@ -250,6 +258,22 @@ def by_hand(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
     return model.head.weight @ torch.cat(largest) + model.head.bias
 
 
+def row_of(phrase: tuple[int, ...], buckets: int) -> int:
+    """Where the weights of a phrase stand."""
+    found = 0
+    for token in phrase:
+        found = (found * 116049371 + token + 1) % (2**31 - 1)
+    return found % buckets
+
+
+def phrases_by_hand(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    """One text without padding: the weights of its different phrases, added up."""
+    table, (rows, outputs) = model.phrases.weights.weight, model.phrases.weights.weight.shape
+    slices = (tokens[i : i + n] for n in model.phrases.lengths for i in range(len(tokens) - n + 1))
+    found = {row_of(tuple(phrase), rows) for phrase in slices}
+    return torch.stack([torch.zeros(outputs, dtype=table.dtype), *(table[row] for row in sorted(found))]).sum(0)
+
+
 TEXTS = [[3], [1, 2], [4, 0, 2, 5, 8, 8, 1], [7, 7, 7, 6]]
 
 
@@ -268,6 +292,41 @@ def test_textcnn_equals_its_formula_and_padding_changes_nothing(longest: int):
 def test_textcnn_without_padding_takes_every_token():
     model = normal(textcnn(DataSpec(vocab=9, context=3, outputs=3), **TEXT), std=1.0)
     torch.testing.assert_close(model(torch.tensor([[2, 0, 0]]))[0], by_hand(model, [2, 0, 0]))
+
+
+@pytest.mark.parametrize(("longest", "buckets"), [(7, 997), (12, 997), (7, 5)])
+def test_phrases_count_once_each_and_end_with_their_text(longest: int, buckets: int):
+    data = DataSpec(vocab=9, context=longest, outputs=3, pad=0)
+    model = normal(textcnn(data, **TEXT | {"ngrams": [1, 2, 5], "buckets": buckets}), std=1.0)
+    tokens = torch.tensor([text + [0] * (longest - len(text)) for text in TEXTS])
+    got = model(tokens)
+    expected = torch.stack([by_hand(model, text) + phrases_by_hand(model, text) for text in TEXTS])
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
+    [ours] = torch.autograd.grad(got.square().sum(), [model.phrases.weights.weight])
+    [theirs] = torch.autograd.grad(expected.square().sum(), [model.phrases.weights.weight])
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
+    assert ours.abs().sum() > 0
+
+
+def test_phrases_of_a_text_without_padding_may_be_longer_than_it():
+    data = DataSpec(vocab=9, context=3, outputs=3)
+    model = normal(textcnn(data, **TEXT | {"ngrams": [2, 3, 4], "buckets": 997}), std=1.0)
+    text = [2, 0, 2]
+    expected = by_hand(model, text) + phrases_by_hand(model, text)
+    torch.testing.assert_close(model(torch.tensor([text]))[0], expected)
+
+
+def test_phrases_say_nothing_before_they_have_learned_and_different_ones_seldom_share_a_row():
+    data = DataSpec(vocab=9, context=5, outputs=3, pad=0)
+    torch.manual_seed(0)
+    without = textcnn(data, **TEXT)
+    torch.manual_seed(0)
+    model = textcnn(data, **TEXT | {"ngrams": [1, 2, 3]})
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [5, 4, 3, 0, 0]])
+    assert torch.equal(model(tokens), without(tokens))
+    phrases = [(a, b, c) for a in range(20) for b in range(20) for c in range(20)]
+    rows = {row_of(phrase, 1 << 20) for phrase in phrases}
+    assert len(rows) > 0.985 * len(phrases)  # 8,000 drawn at random from 2^20 rows: 7,970 different ones
 
 
 @pytest.mark.parametrize(

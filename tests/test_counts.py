@@ -7,8 +7,8 @@ import pytest
 
 from llmtrain import counts
 from llmtrain.counts import Counts, counted, drawn
+from llmtrain.data.packing import Windows
 from llmtrain.data.rows import Rows
-from llmtrain.data.tokens import Windows
 from llmtrain.types import Data, DataSpec
 
 END = 0

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from toy import make_gpt
 
 from llmtrain.data.corpus import from_text
+from llmtrain.data.packing import Windows
 from llmtrain.data.rows import Rows
-from llmtrain.data.tokens import Windows
 from llmtrain.evaluate import evaluate, spread
 from llmtrain.losses import cross_entropy
 from llmtrain.precision import bf16, fp32

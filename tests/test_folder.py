@@ -209,6 +209,42 @@ def test_json_and_config(tmp_path: Path) -> None:
     }
 
 
+def test_paths_are_written_whole_where_something_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    for name in ("kept", "stdlib", "books", "own.d"):
+        (here / name).mkdir(parents=True)
+    for name in ("rows.csv", "books/a.txt", "own.d/x[1].csv", "accuracy"):
+        (here / name).touch()
+    monkeypatch.chdir(here)
+    given = {
+        "data": {
+            "path": "books/*.txt",
+            "val_path": "own.d/x[1].csv",
+            "test_path": None,
+            "label_column": "accuracy",
+            "path_column": "kept",
+            "sources": {"stdlib": 1, "books": 2, "own.d/*.csv": 3, "./rows.csv": 4},
+        },
+        "tokenizer": {"name": "file", "path": "rows.csv"},
+        "model": {"path": str(here / "kept")},
+        "run": {"name": "kept", "dir": "kept", "cache": "kept"},
+        "eval": {"metrics": ["accuracy"]},
+        "resume": "auto",
+    }
+    whole = {
+        "data": given["data"]
+        | {"path": f"{here}/books/*.txt", "val_path": f"{here}/own.d/x[1].csv"}
+        | {"sources": {"stdlib": 1, f"{here}/books": 2, f"{here}/own.d/*.csv": 3, f"{here}/rows.csv": 4}},
+        "tokenizer": {"name": "file", "path": f"{here}/rows.csv"},
+        "run": {"name": "kept", "dir": "kept", "cache": f"{here}/kept"},
+    }
+    write_config(tmp_path, given, [], {})
+    assert read_config(tmp_path) == given | whole
+    for name in ("someone/some-data", "data", "~/rows.csv", "nothing/*.csv", "a\0b", "x" * 5000):
+        write_config(tmp_path, {"data": {"path": name}}, [], {})
+        assert read_config(tmp_path) == {"data": {"path": name}}
+
+
 @pytest.mark.parametrize("content", [None, b"a: [", b"\xff\xfe", b"- a", b"", b"text"])
 def test_a_folder_of_no_run_is_told(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

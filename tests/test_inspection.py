@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -74,6 +75,9 @@ def test_labelled_text_for_a_program(call, mails: tuple[str, ...]):
     assert found["copies"]["within"] == {"train": 2, "val": 0, "test": 0}
     assert found["copies"]["across"] == {"val in train": 1, "test in train": 0, "test in val": 0}
     assert found["copies"]["conflicts"] == 1
+    nats = -(math.log(0.7) + math.log(0.3)) / 2
+    beaten = {"by": "class frequencies", "loss": pytest.approx(nats), "accuracy": 0.5, "f1_macro": pytest.approx(1 / 3)}
+    assert found["baseline"] == beaten
     examples = found["examples"]["test"]
     assert [(e["target"], e["inputs"].endswith(text)) for e, text in zip(examples, ("other", "some"), strict=True)] == [
         ("ham", True),
@@ -88,6 +92,7 @@ def test_labelled_text_for_people(call, mails: tuple[str, ...]):
         r"its target +2 classes",
         r"vocabulary +260, tokenizer byte",  # text needs a mask token
         r"bytes per token +1.00",
+        r"to beat +guessing by class frequencies: loss 0.7803, accuracy 0.5, f1_macro 0.3333",
         r"train +8 +66.7% +44",
         r"2 +longer than the context: the end is cut off \(16.7%\)",
         r"within train +2 +of 8 samples: copies of others there",
@@ -121,6 +126,7 @@ def test_text_to_go_on_with(call, tmp_path: Path):
     assert sum(copies["looked"].values()) == 34 and sum(copies["within"].values()) == 1
     assert copies["across"] == {"val in train": 0}  # equal ones are on one side
     assert splits["train"]["tokens"] + splits["val"]["tokens"] == 34 + sum(map(len, [*documents, "same"]))
+    assert found["baseline"]["by"] == "unigram frequencies"
     assert found["left_out"] == {"broken": 1} and found["bytes_per_token"] == pytest.approx(1, rel=0.1)
     out = told(call, *given)
     expected = [
@@ -153,14 +159,16 @@ def test_tables_with_quantities(call, houses: str):
     given = ("data=table", f"data.path={houses}", "data.label_column=price", "data.kind=regression", *OWN)
     found = asked(call, *given)  # the usual task asks for classes: that is for train to tell
     assert [feature["name"] for feature in found["features"]] == ["area", "place = [red]", "place = b"]
+    assert found["baseline"] is None
     assert found["features"][0]["mean"] == pytest.approx(0, abs=1e-6)
     assert sum(found["copies"]["within"].values()) == 2
     price = found["splits"]["train"]["quantities"][0]
     assert price["name"] == "price" and 1e3 < price["quantiles"][0] < price["mean"] < price["quantiles"][-1] < 9e3
-    out = told(call, *given, "task=regression", "loss=mse")
+    out = told(call, *given, "task=regression")
     expected = [
         r"a sample +3 features",
         r"its target +1 number",
+        r"to beat +guessing by the mean: loss \d.\d+, rmse .*, mae .*, r2 .*",
         r"price, in its own unit",
         r"area +0.000 +1.000 +-\d.\d{3} +\d.\d{3}",
         r"place = \[red\] .*",

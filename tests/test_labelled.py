@@ -1,4 +1,4 @@
-"""Texts with labels: pieces of code with the package that they come from, and the user's own; guesses of labels."""
+"""Texts with labels: pieces of code with the package that they come from, and the user's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from made import byte
 from test_records import WRITERS, write_jsonl
 
 from llmtrain.data.labelled import labelled_text, stdlib_modules
-from llmtrain.data.rows import Rows, guess, targets_of
+from llmtrain.data.rows import Rows, targets_of
 from llmtrain.data.text import library_sources
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.tokenizer import Tokenizer
@@ -28,14 +28,6 @@ def every(rows: Any) -> tuple[np.ndarray, np.ndarray]:
     inputs, targets, mask = rows.take(range(len(rows)))
     assert mask.all() and mask.shape == (len(rows),)
     return inputs, targets
-
-
-def test_guesses_are_those_of_the_training_samples() -> None:
-    name, classes = guess(np.array([0, 0, 0, 1]), np.array([0, 1, 2, 2]), 3)
-    assert (name, classes["accuracy"]) == ("class frequencies", 0.25)
-    assert classes["loss"] == pytest.approx(-np.log(np.array([4, 2, 1, 1]) / 7).mean())
-    name, numbers = guess(np.array([[1.0], [3.0]]), np.array([[2.0], [5.0]]), 1)
-    assert (name, numbers["loss"], numbers["mae"]) == ("the mean", 4.5, 1.5)
 
 
 @pytest.fixture(scope="module")

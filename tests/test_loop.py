@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import CPU, make_gpt, make_job, make_state, make_train, make_windows
 
 from llmtrain import checkpoint, clipping, clock, loop
-from llmtrain.data.tokens import Windows
+from llmtrain.data.packing import Windows
 from llmtrain.loop import Length, due, fit
 from llmtrain.losses import cross_entropy
 from llmtrain.metrics import Goal

@@ -193,7 +193,7 @@ def test_only_the_areas_keep_what_they_have_seen() -> None:
             for meter in kept[:2]:
                 meter.update(outputs, targets, mask)
             kept[2].update(outputs, torch.randn(8, 3), mask)
-        return [*(meter.sums.numel() for meter in kept[:2]), *(part.numel() for part in kept[2]._state)]
+        return [*(meter.state.numel() for meter in kept[:2]), *(part.numel() for part in kept[2].state)]
 
     assert sizes(1) == sizes(50)
 

@@ -13,7 +13,7 @@ from llmtrain import checkpoint
 from llmtrain.build import find, parts
 from llmtrain.compose import compose_jobs, mend, prepare
 from llmtrain.config import read
-from llmtrain.data.tokens import Windows
+from llmtrain.data.packing import Windows
 from llmtrain.loop import Length, fit
 from llmtrain.losses import cross_entropy
 from llmtrain.misfits import part_misfits

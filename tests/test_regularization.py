@@ -68,6 +68,35 @@ def test_gradients_equal_autograd_of_the_penalty(l1, l2, decay):
         torch.testing.assert_close(w.grad, before + g, atol=1e-14, rtol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("l1", "l2"), [(0.25, 0.0), (0.0, 0.125), (0.25, 0.125)])
+def test_gradients_and_their_norms_in_every_number_format(dtype, l1, l2):
+    """Bit for bit l2 first, then l1, which adds nothing where a weight is 0 or -0; norms are those of the sum."""
+    torch.manual_seed(2)
+    weights = [nn.Parameter(torch.randn(8, 6).to(dtype)) for _ in range(3)]
+    with torch.no_grad():
+        weights[0][0, :2] = torch.tensor([0.0, -0.0])
+    grads = [torch.randn(8, 6).to(dtype) for _ in weights]
+    for w, g in zip(weights[:2], grads, strict=False):
+        w.grad = g.clone()
+    norms = regularize(weights, decay={"w1": 0.5}, l1=l1, l2=l2).add_gradients()
+    assert norms.keys() == set(weights[:2]) and weights[2].grad is None
+    for w, g, share in zip(weights[:2], grads, (1.0, 0.5), strict=False):
+        expected = g.add(w.detach(), alpha=2 * l2 * share).add(w.detach().sign(), alpha=l1 * share)
+        assert torch.equal(w.grad, expected)
+        torch.testing.assert_close(norms[w], torch.linalg.vector_norm(expected))
+    if not l2:
+        assert torch.equal(weights[0].grad[0, :2], grads[0][0, :2])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"l1": 0.1, "l1_step": "proximal"}, {"weight_decay": 0.1}])
+def test_what_adds_nothing_tells_no_norms(knobs):
+    weights = make_weights()
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    assert regularize(weights, **knobs).add_gradients() == {}
+
+
 def test_weights_without_gradient_are_passed_over():
     weights = make_weights()
     weights[1].grad = torch.zeros_like(weights[1])

@@ -582,6 +582,7 @@ def test_resuming_what_is_finished_changes_nothing(place: Path, control: dict[st
     finish(place, "control")
     after = json.loads((run / "result.json").read_text())
     assert after.pop("sample") is not None and before.pop("sample") is not None
+    assert after.pop("ended") > before.pop("ended") and after.pop("seconds") >= before.pop("seconds")
     assert after == before and {"loss", "lr", "val_loss"} <= set(after["metrics"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 
-from llmtrain.data.corpus import Document, from_text, split_by_file, split_tails
+from llmtrain.data.corpus import Bundle, Document, from_text, split_bundles, split_by_file, split_tails
 from llmtrain.data.splits import LABELLED, NOWHERE, TEST, TRAIN, VAL, Split, content_keys, split, text_keys
 from llmtrain.knobs import UserError
 from llmtrain.types import Setup, Stretch
@@ -217,6 +218,44 @@ def test_keys_know_content_alone() -> None:
 def test_a_stretch_is_the_share_or_the_fold() -> None:
     assert setup(val_fraction=0.1, split_seed=3).held_out == Stretch(0.0, 0.1, 3)
     assert setup(fold=(2, 4)).held_out == Stretch(0.5, 0.75, 0)
+    assert setup(fold=(0, 4), test_fraction=0.2).held_out == Stretch(0.0, 0.25, 0, 0.2)
+
+
+@given(st.integers(2, 7), st.integers(2, 5), st.integers(1, 60), st.integers(0, 9))
+def test_each_sample_is_tested_once_and_held_out_once_beside_each_test(outer: int, inner: int, n: int, s: int) -> None:
+    keys = keys_of(n + 2 * outer * inner)
+    tested = []
+    for test_fold in range(outer):
+        given = {"test_fraction": 1 / outer, "test_fold": test_fold, "split_seed": s}
+        parts = [split(setup(**given, fold=(i, inner)), keys) for i in range(inner)]
+        assert all(np.array_equal(p.test, parts[0].test) for p in parts)
+        held = np.concatenate([p.val for p in parts])
+        assert sorted(held.tolist()) == sorted(set(range(len(keys))) - set(parts[0].test.tolist()))
+        tested += parts[0].test.tolist()
+        documents = [from_text(f"file{k}", str(k)) for k in keys]
+        sides = [split_by_file(documents, setup(**given, fold=(i, inner)).held_out) for i in range(inner)]
+        assert all(d in sides[0].test for d in sides[-1].test)
+        assert sum(len(side.val) for side in sides) + len(sides[0].test) == len(keys)
+    assert sorted(tested) == list(range(len(keys)))
+
+
+def test_nothing_is_held_out_if_that_is_asked_for() -> None:
+    parts = split(setup(val_fraction=0.0, test_fraction=0.25), keys_of(100))
+    assert (len(parts.train), len(parts.val), len(parts.test)) == (75, 0, 25)
+
+
+@given(st.floats(0, 0.9), st.integers(2, 20), st.data())
+def test_a_line_is_shared_out_whole(test: float, folds: int, draw: st.DataObject) -> None:
+    fold = draw.draw(st.integers(0, folds - 1))
+    line = Stretch(fold / folds, (fold + 1) / folds, 0, test)
+    parts = line.parts()
+    assert [parts[0][0], parts[-1][1]] == [0, 1]
+    assert all(a[1] == b[0] and a[2] != b[2] for a, b in pairwise(parts))
+    assert line.share("test") == pytest.approx(test, abs=1e-9)
+    assert line.share("val") == pytest.approx((1 - test) / folds, abs=1e-9)
+    assert sum(map(line.share, ("train", "val", "test"))) == pytest.approx(1)
+    for start, end, side in parts:
+        assert line.side(start) == line.side(np.nextafter(end, 0)) == side
 
 
 # -- texts ----------------------------------------------------------------------------------------------------
@@ -228,7 +267,7 @@ def told(documents: list[Document]) -> str:
 
 def test_files_of_the_same_bytes_fall_on_one_side() -> None:
     documents = [from_text(f"file{i}", f"text {i // 2}") for i in range(400)]
-    train, val = split_by_file(documents, 0.3)
+    train, val, _ = split_by_file(documents, 0.3)
     assert not {told([d]) for d in train} & {told([d]) for d in val}
     assert 80 < len(val) < 160 and len(train) + len(val) == 400
     again = split_by_file(documents[::-1], 0.3)[1]
@@ -244,12 +283,29 @@ def test_folds_of_files_hold_each_out_once_and_another_seed_draws_others() -> No
     assert drawn[0] != drawn[1] and drawn[0] == {d.key for d in split_by_file(documents, 0.3)[1]}
 
 
+def test_a_text_keeps_lines_files_and_records_for_the_test() -> None:
+    line = setup(test_fraction=0.2, val_fraction=0.25).held_out
+    text = "".join(f"line {i:03}\n" for i in range(500))
+    sides = [told(side).splitlines() for side in split_tails([from_text("text", text)], line)]
+    assert [line for side in sides for line in side] == text.splitlines()  # training, validation, test
+    assert [len(side) for side in sides] == pytest.approx([300, 100, 100], abs=2)
+    documents = [from_text(f"file{i}", str(i)) for i in range(1000)]
+    bundle = Bundle(documents[0], "", lambda: iter(documents))
+    for sides in (split_by_file(documents, line), split_bundles([bundle], line)):
+        keys = [[d.key for source in side for d in source.documents()] for side in sides]
+        assert sorted(key for side in keys for key in side) == sorted(d.key for d in documents)
+        assert [len(side) for side in keys] == pytest.approx([600, 200, 200], abs=60)
+    folds = [split_by_file(documents, setup(test_fraction=0.2, fold=(i, 3)).held_out) for i in range(3)]
+    assert len({tuple(d.key for d in fold.test) for fold in folds}) == 1
+    assert sum(len(fold.val) for fold in folds) == 1000 - len(folds[0].test)
+
+
 @pytest.mark.parametrize("folds", [2, 3, 7])
 def test_folds_of_one_text_hold_each_line_out_once(folds: int) -> None:
     text = "".join(f"line {i:03}\n" for i in range(500))
     held = []
     for fold in range(folds):
-        train, val = split_tails([from_text("text", text)], setup(fold=(fold, folds)).held_out)
+        train, val, _ = split_tails([from_text("text", text)], setup(fold=(fold, folds)).held_out)
         lines = [told(side).splitlines() for side in (train, val)]
         assert sorted(lines[0] + lines[1]) == sorted(text.splitlines())
         assert len(lines[1]) == pytest.approx(500 / folds, abs=2)
@@ -271,11 +327,14 @@ def test_folds_of_one_text_hold_each_line_out_once(folds: int) -> None:
         (["eval.folds=5", "eval.fold=5"], "must be below eval.folds (5): the first fold is 0 Did you mean 4?"),
         (["eval.folds=1", "eval.fold=0"], "eval.folds = 1 must be integer >= 2 or null"),
         (["data.test_fraction=0.1"], "Did you mean eval.test_fraction?"),
-        (["data=stdlib", "model=gpt_nano", "eval.test_fraction=0.1"], "keeps no samples of a text; hold out with"),
+        (
+            ["train.packing=single"],
+            "train.packing = single puts documents of a text together, and this data has samples",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_told(call: Any, words: list[str], rule: str) -> None:
-    said = call("train", *([] if "data=stdlib" in words else ["model=mlp", "data=digits"]), *words)
+    said = call("train", "model=mlp", "data=digits", *words)
     assert said.code == 2
     assert rule in " ".join(said.err.split())
     assert list(said.cwd.iterdir()) == []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,21 @@ import torch
 import yaml
 from made import bpe, byte, char
 from runs import llmtrain
-from sklearn.metrics import f1_score, mean_absolute_error, mean_squared_error, r2_score
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    log_loss,
+    mean_absolute_error,
+    mean_squared_error,
+    precision_score,
+    r2_score,
+    recall_score,
+    top_k_accuracy_score,
+)
 
 from llmtrain.build import Choice, choose, parts
-from llmtrain.data.rows import Rows, guess
+from llmtrain.data.rows import Rows
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.metrics import Goal, direction
 from llmtrain.run import counted
@@ -381,9 +393,8 @@ def labelled(train: Any, val: Any, outputs: int, test: Any = None, kind: Any = L
         None if t is None else kind(np.asarray(t)) if kind is Lazy else kind(np.zeros((len(t), 2)), np.asarray(t))
         for t in (train, val, test)
     ]
-    plain = guess(np.asarray(train), np.asarray(val), outputs)
     spec = DataSpec(shape=(2,), outputs=outputs)
-    return Data(spec, rows[0], rows[1], None, "", "", {"about": ""}, plain, rows[2], plain)
+    return Data(spec, rows[0], rows[1], None, "", "", {"about": ""}, None, rows[2])
 
 
 @pytest.mark.parametrize("kind", [Lazy, Rows])
@@ -409,18 +420,75 @@ def test_the_guess_of_a_task_is_the_best_constant_answer(kind: Any) -> None:
             assert measured(task, np.tile(np.multiply(answer, other), (600, 1)), sides[0])["loss"] > here
 
 
+@pytest.mark.parametrize("kind", [Lazy, Rows])
+def test_the_guess_of_classes_is_the_prior_of_sklearn_with_each_class_once_more(kind: Any) -> None:
+    draw = np.random.default_rng(1)
+    train = draw.choice(4, 300, p=[0.2, 0.5, 0.3, 0.0])
+    sides = {"baseline": draw.integers(0, 4, 9000), "test_baseline": draw.integers(0, 3, 40)}
+    data = labelled(train, sides["baseline"], 4, sides["test_baseline"], kind)
+    own = ["accuracy", "f1_macro", "precision_weighted", "recall_macro", "top_2", "roc_auc", "calibration_error"]
+    known = np.concatenate((train, np.arange(4)))
+    theirs = DummyClassifier(strategy="prior").fit(np.zeros((len(known), 1)), known)
+    judged = with_baseline(data, measuring(classification(data.spec, None), own))
+    for field, wanted in sides.items():
+        nothing = np.zeros((len(wanted), 1))
+        said, chance = theirs.predict(nothing), theirs.predict_proba(nothing)
+        right = accuracy_score(wanted, said)
+        several = {"labels": np.unique(np.concatenate((wanted, said))), "zero_division": 0}
+        expected = {
+            "loss": log_loss(wanted, chance, labels=range(4)),
+            "accuracy": right,
+            "f1_macro": f1_score(wanted, said, average="macro", **several),
+            "precision_weighted": precision_score(wanted, said, average="weighted", **several),
+            "recall_macro": recall_score(wanted, said, average="macro", **several),
+            "top_2": top_k_accuracy_score(wanted, chance, k=2, labels=range(4)),
+            "roc_auc": math.nan if field == "test_baseline" else 0.5,  # a class that does not occur has none
+            "calibration_error": abs(chance[0].max() - right),
+        }
+        name, reached = getattr(judged, field)
+        assert name == "class frequencies" and list(reached) == list(expected)
+        assert reached == {key: pytest.approx(value, rel=1e-6, nan_ok=True) for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("kind", [Lazy, Rows])
+def test_the_guess_of_quantities_is_the_mean_of_sklearn(kind: Any) -> None:
+    draw = np.random.default_rng(2)
+    train, val, test = (draw.normal([3.0, -1.0], [2.0, 0.5], (n, 2)).astype(np.float32) for n in (80, 5000, 60))
+    data = labelled(train, val, 2, test, kind)
+    theirs = DummyRegressor(strategy="mean").fit(np.zeros((80, 1)), train.astype(np.float64))
+    judged = with_baseline(data, measuring(regression(data.spec, None), None))
+    for (name, reached), side in zip((judged.baseline, judged.test_baseline), (val, test), strict=True):
+        said = theirs.predict(np.zeros((len(side), 1)))
+        mse = mean_squared_error(side, said)
+        expected = {"loss": mse, "rmse": math.sqrt(mse), "mae": mean_absolute_error(side, said)}
+        assert name == "the mean"
+        assert reached == {
+            **{key: pytest.approx(value, rel=1e-5) for key, value in expected.items()},
+            "r2": pytest.approx(r2_score(side, said), abs=1e-5),
+        }
+
+
 def test_a_task_without_a_guess_leaves_that_of_the_data() -> None:
-    data = labelled([0, 1, 1], [1, 0], 2)
-    assert with_baseline(data, classification(data.spec, None)) is data
-    assert with_baseline(data, multilabel(data.spec, None)).test_baseline is None
+    data = Data(TEXT, Lazy([]), Lazy([]), None, "", "", {}, ("unigram frequencies", {"loss": 1.0}))
+    assert with_baseline(data, causal_lm(TEXT, byte([]))) is data
+    few = labelled([0, 1, 1], [1, 0], 2)
+    assert with_baseline(few, multilabel(few.spec, None)).test_baseline is None
 
 
 @pytest.mark.parametrize(
-    ("part", "targets"), [(counts, [[1.0], [-1.0]]), (counts, [[1.0], [0.5]]), (multilabel, [[0.0], [1.5]])]
+    ("part", "targets"),
+    [
+        (counts, [[1.0], [-1.0]]),
+        (counts, [[1.0], [0.5]]),
+        (multilabel, [[0.0], [1.5]]),
+        (classification, [[0.0, 1.0], [1.0, 0.0]]),
+        (regression, [0, 1]),
+        (probabilistic_regression, [0, 1]),
+    ],
 )
 def test_targets_that_a_task_cannot_ask_for_are_refused(part: Any, targets: Any) -> None:
-    data = labelled(np.array(targets), np.array(targets), 1)
-    with pytest.raises(UserError, match="the targets of this data are no"):
+    data = labelled(np.array(targets), np.array(targets), 2)
+    with pytest.raises(UserError, match=f"task={part.__name__}: the targets of this data are (no|classes|quantities)"):
         with_baseline(data, part(data.spec, None))
 
 
@@ -464,6 +532,11 @@ def visitors(setup: Setup) -> Data | DataSpec:
     return spec if setup.dry else Data(spec, train, val, None, "x", "visitors", {"about": "visitors"}, ("", {}))
 
 
+def unguessed(spec: DataSpec, tokenizer: Any) -> Task:
+    """Classes, by a task that has no guess of its own."""
+    return replace(classification(spec, tokenizer), guess=None)
+
+
 def trained(place: Path, *words: str) -> tuple[dict[str, Any], str]:
     """What a short run leaves in `result.json`, and what it prints."""
     (place / "conf" / "data").mkdir(parents=True, exist_ok=True)
@@ -476,13 +549,12 @@ def trained(place: Path, *words: str) -> tuple[dict[str, Any], str]:
 
 
 LEARNED = {
-    "counts": ["model=linear", "data=visitors", "task=counts", "loss=poisson_nll"],
-    "probabilistic": [
-        *("model=linear", "data=diabetes", "eval.val_fraction=0.2"),
-        *("task=probabilistic_regression", "loss=gaussian_nll"),
-    ],
+    "classes": ["model=linear", "data=digits", "eval.metrics=[roc_auc,f1_macro,top_3,calibration_error]"],
+    "quantities": ["model=linear", "data=diabetes", "eval.val_fraction=0.2"],
+    "counts": ["model=linear", "data=visitors", "task=counts"],
+    "probabilistic": ["model=linear", "data=diabetes", "task=probabilistic_regression", "eval.val_fraction=0.2"],
     "laplace": ["model=linear", "data=visitors", "task=probabilistic_regression", "loss=laplace_nll"],
-    "multilabel": ["model=mlp", "data=digits", "task=multilabel", "loss=bce"],
+    "multilabel": ["model=mlp", "data=digits", "task=multilabel"],
     "multilabel by focal": ["model=mlp", "data=digits", "task=multilabel", "loss=sigmoid_focal", "optim.lr=3e-3"],
 }
 
@@ -496,8 +568,17 @@ def test_each_new_question_is_learned_and_beats_the_guess(tmp_path: Path, case: 
     assert f"by guessing from {result['baseline']['by']}" in text
 
 
+def test_without_a_guess_there_is_no_baseline(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "conf" / "task" / "unguessed.yaml").write_text("name: test_tasks:unguessed\n")
+    result, text = trained(tmp_path, "train.steps=2", "model=linear", "data=digits", "task=unguessed")
+    assert result["baseline"] is None and "by guessing" not in text
+    code, text = llmtrain(["eval", f"run={tmp_path / 'runs' / 'x'}", "--trust", "test_tasks"], tmp_path)
+    assert code == 0 and "guess by" not in text, text
+
+
 def test_a_run_with_its_own_number_of_outputs_is_opened_again(tmp_path: Path) -> None:
-    words = ["train.steps=3", "model=linear", "data=diabetes", "task=probabilistic_regression", "loss=gaussian_nll"]
+    words = ["train.steps=3", "model=linear", "data=diabetes", "task=probabilistic_regression"]
     result, _ = trained(tmp_path, *words)
     run = tmp_path / "runs" / "x"
     code, text = llmtrain(["eval", f"run={run}"], tmp_path)
@@ -527,12 +608,12 @@ WRONG = {
     ],
     "loss.pos_weight": [
         (["data=diabetes", "loss=bce", "loss.pos_weight=balanced"], "task=regression has none to count"),
-        (["data=digits", "task=multilabel", "loss=bce", "loss.pos_weight=[1,2]"], "each of the 10 outputs"),
+        (["data=digits", "task=multilabel", "loss.pos_weight=[1,2]"], "each of the 10 outputs"),
     ],
     "loss.class_weights": [(["data=stdlib", "loss.class_weights=balanced"], "task=causal_lm has none to count")],
     "loss.alpha": [(["data=stdlib", "loss=focal", "loss.alpha=balanced"], "task=causal_lm has none to count")],
     "loss.output_weights": [(["data=diabetes", "loss.output_weights=[1,2]"], "each of the 1 outputs")],
-    "task.name": [(["data=stdlib", "task=multilabel", "loss=bce"], "this data has none")],
+    "task.name": [(["data=stdlib", "task=multilabel"], "this data has none")],
 }
 
 

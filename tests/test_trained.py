@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from made import byte
 from runs import llmtrain, steps, tiny, train, write_text
 from sklearn import metrics as theirs
 
@@ -204,6 +205,35 @@ def test_a_run_can_be_judged_from_another_folder(place: Path, tmp_path: Path) ->
     assert code == 0, text
 
 
+OF_FILES = {
+    "labelled_text": ["model=textcnn", "data.context=16", "tokenizer=file", "tokenizer.path=own/tokenizer.json"],
+    "table": ["model=linear", "data.label_column=label", "data.columns=[x]"],
+}
+
+
+@pytest.mark.parametrize("data", OF_FILES)
+def test_every_path_of_a_run_is_right_from_another_folder(tmp_path: Path, data: str) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    for name, first, last in (("train", 0, 40), ("val", 40, 50), ("test", 50, 60)):
+        rows = [f"number {i},{i},{'ab'[i % 2]}" for i in range(first, last)]
+        (here / "own" / name).mkdir(parents=True)
+        (here / "own" / name / "rows.csv").write_text("\n".join(["text,x,label", *rows]) + "\n")
+    byte([]).save(here / "own/tokenizer.json")
+    files = ["data.path=own/train/*.csv", "data.val_path=own/val", "data.test_path=own/test/rows.csv"]
+    common = ["run.dir=runs", "run.name=x", "run.cache=cache", "train.steps=2", "train.threads=1"]
+    words = ["train", f"data={data}", *files, *common, "train.device=cpu", "precision=fp32", *OF_FILES[data]]
+    code, text = llmtrain(words, tmp_path, cwd=here)
+    assert code == 0, text
+    told = json.loads((here / "runs/x/result.json").read_text())["metrics"]
+    for split in ("val", "test"):
+        code, text = llmtrain(["eval", "run=../here/runs/x", "device=cpu", f"split={split}"], tmp_path, cwd=there)
+        assert code == 0, text
+        again = json.loads((here / "runs/x/eval/metrics.json").read_text())
+        assert again[f"{split}_loss"] == pytest.approx(told[f"{split}_loss"], rel=1e-6)
+    assert not list(there.iterdir())
+
+
 def test_labelled_data_has_a_test_that_can_be_looked_at_again(place: Path) -> None:
     given = [
         "data=digits",
@@ -289,7 +319,7 @@ def test_eval_of_numbers_and_of_answers(place: Path) -> None:
     targets, said = ([float(row[name]) for row in rows] for name in ("target", "prediction"))
     assert record["val_r2"] == pytest.approx(theirs.r2_score(targets, said), rel=1e-5)
     assert "classes" not in record and not (run / "eval/confusion.png").exists()
-    run = labels(place, "answers", "data=digits", "task=multilabel", "loss=bce", "train.steps=10")
+    run = labels(place, "answers", "data=digits", "task=multilabel", "train.steps=10")
     assert llmtrain(["eval", f"run={run}", "device=cpu"], place)[0] == 0
     record, rows = json.loads((run / "eval/metrics.json").read_text()), table(run)
     right = [

@@ -14,7 +14,7 @@ from llmtrain.build import choose
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import Train
 from llmtrain.data.loader import Loader
-from llmtrain.data.tokens import Windows
+from llmtrain.data.packing import Windows
 from llmtrain.init import gpt2
 from llmtrain.loop import Job, Length
 from llmtrain.losses import cross_entropy

@@ -170,6 +170,12 @@ def first(seen: Seen, metric: str) -> float:
     return seen.log[0][metric]
 
 
+@_measure("mean probability of the commonest class")
+def commonest(seen: Seen) -> float:
+    outputs, targets = seen.said("train")
+    return outputs.softmax(1)[:, targets.bincount().argmax()].mean().item()
+
+
 @_measure("validation loss - training loss")
 def gap(seen: Seen) -> float:
     outputs, targets = seen.said("train")

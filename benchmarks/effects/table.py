@@ -12,7 +12,7 @@ import yaml
 from llmtrain.build import parts
 
 GROUPS = ("optim", "schedule", "loss", "regularization", "precision")
-SECTIONS = {"params": None, "train": ("batch_size", "accumulate", "grad_clip", "clip_by")}
+SECTIONS = {"params": None, "train": ("batch_size", "accumulate", "balance", "grad_clip", "clip_by")}
 """Closed sections, and those of their knobs that are meant; None: all."""
 
 

@@ -35,8 +35,8 @@ def npz(
 ) -> Data | DataSpec:
     """Your own arrays: (N, features) numbers or (N, height, width) images, with a class or with quantities for each.
 
-    Whole numbers from 0 to 255 (uint8) become 0 to 1. The task is classification; for quantities say task=regression
-    loss=mse.
+    Whole numbers from 0 to 255 (uint8) become 0 to 1. The task is classification; for quantities say
+    task=regression.
 
     Args:
         path: A file as `np.savez` writes it.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -186,12 +186,14 @@ class Bundle:
         how: What they follow from beside its bytes.
         read: Reads them one after the other, however many there are.
         share: How much of the file they are.
+        which: Which of the file's documents they are.
     """
 
     raw: Document
     how: str
     read: Callable[[], Iterator[Document]]
     share: float = 1.0
+    which: str = "all"
 
     @property
     def key(self) -> str:
@@ -209,11 +211,19 @@ class Bundle:
 
     def part(self, name: str, share: float, chosen: Callable[[str], bool]) -> Bundle:
         """The documents whose keys are chosen; the choice goes by a name in the fingerprint."""
-        return Bundle(self.raw, f"{self.how}\0{name}", lambda: (d for d in self.read() if chosen(d.key)), share)
+        return Bundle(self.raw, f"{self.how}\0{name}", lambda: (d for d in self.read() if chosen(d.key)), share, name)
 
 
 Source = Document | Bundle
 """What has documents."""
+
+
+class Sides(NamedTuple):
+    """What is learned from, what is held out, and what is kept for the test."""
+
+    train: list[Source]
+    val: list[Source]
+    test: list[Source]
 
 
 def _end_of_piece(text: str) -> int:
@@ -307,28 +317,25 @@ def place(key: str, seed: int = 0) -> float:
     return int.from_bytes(hashlib.sha256(salt + os.fsencode(key)).digest()[:8]) / 2**64
 
 
-def split_by_file(sources: Sequence[Source], share: float | Stretch) -> tuple[list[Source], list[Source]]:
+def split_by_file(sources: Sequence[Source], share: float | Stretch) -> Sides:
     """Holds out whole files. Which ones depends on each key alone, so a new file moves no other.
 
     Files of the same bytes go where the one with the lowest key goes.
     """
-    start, end, seed = _stretch(share)
-    twins = _twins(sources)
-    held_out = {s.key for s in sources if start <= place(twins.get(s.key, s.key), seed) < end}
-    train = [s for s in sources if s.key not in held_out]
-    return train, [s for s in sources if s.key in held_out]
+    line, twins = _stretch(share), _twins(sources)
+    side = {s.key: line.side(place(twins.get(s.key, s.key), line.seed)) for s in sources}
+    return Sides(*([s for s in sources if side[s.key] == name] for name in Sides._fields))
 
 
-def split_bundles(bundles: Sequence[Bundle], share: float | Stretch) -> tuple[list[Source], list[Source]]:
+def split_bundles(bundles: Sequence[Bundle], share: float | Stretch) -> Sides:
     """Holds out documents of each file. Which ones depends on each key alone, so equal ones are on one side."""
-    start, end, seed = _stretch(share)
+    line = _stretch(share)
 
-    def part(bundle: Bundle, held_out: bool) -> Bundle:
-        size = end - start if held_out else 1 - (end - start)
-        name = f"{'val' if held_out else 'train'} {start} {end} {seed}"
-        return bundle.part(name, size, lambda key: (start <= place(key, seed) < end) == held_out)
+    def parts(side: str) -> list[Source]:
+        share, name = line.share(side), f"{side} {[*line]}"
+        return [b.part(name, share, lambda key: line.side(place(key, line.seed)) == side) for b in bundles if share]
 
-    return [part(b, False) for b in bundles], [part(b, True) for b in bundles]
+    return Sides(*map(parts, Sides._fields))
 
 
 def _stretch(share: float | Stretch) -> Stretch:
@@ -354,25 +361,24 @@ def _bytes_of(document: Document) -> Iterator[bytes]:
         yield from _blocks(stream, document.size)
 
 
-def split_tails(documents: Sequence[Document], share: float | Stretch) -> tuple[list[Source], list[Source]]:
+def split_tails(documents: Sequence[Document], share: float | Stretch) -> Sides:
     """Holds out the end of each document, from a line end on; the same lines whether they end in LF or CRLF.
 
-    A stretch is counted from the end of each document, so what is learned from may stand on both sides of it.
+    Shares are counted from the end of each document, the test last of all, so what is learned from may stand on both
+    sides of what is held out.
     """
-    after, until, _ = _stretch(share)
-    train: list[Source] = []
-    val: list[Source] = []
+    sides = Sides([], [], [])
     for document in documents:
-        start, end = document.start, document.end
-        low = _next_line(document, _offset_of_share(document, 1 - until)) if until < 1 else start
-        high = _next_line(document, _offset_of_share(document, 1 - after)) if after > 0 else end
-        if until < 1:
-            train.append(replace(document, end=low))
-        if high < end:
-            train.append(replace(document, start=high))
-        if low < high:
-            val.append(replace(document, start=low, end=high))
-    return train, val
+        end = document.end
+        found = []
+        for _, until, side in _stretch(share).parts():
+            start = _next_line(document, _offset_of_share(document, 1 - until)) if until < 1 else document.start
+            found.append((side, replace(document, start=start, end=end)))
+            end = start
+        for side, part in reversed(found):
+            if part.size > 0:
+                getattr(sides, side).append(part)
+    return sides
 
 
 def _offset_of_share(document: Document, share: float) -> int:

@@ -14,7 +14,7 @@ from llmtrain.data.corpus import Broken, Document, from_file, split_bundles
 from llmtrain.data.labelled import labelled_records
 from llmtrain.data.records import LABELS, TEXTS, find_column, pick, table, texts
 from llmtrain.data.splits import TRAIN
-from llmtrain.data.tokens import is_ready, prepare, written_once
+from llmtrain.data.tokens import Corpus, is_ready, prepare, written_once
 from llmtrain.knobs import ConfigError, Count, Misfit, Natural, UserError, nearest, require
 from llmtrain.types import Data, DataSpec, Setup
 
@@ -78,10 +78,12 @@ def hf(
         )
     tables = [found for file in files if (found := table(file)) is not None]
     column = find_column(tables, "text_column", text_column, TEXTS)
-    if setup.dry:
-        return DataSpec(context=context)
-    sides = split_bundles([texts(found, column, broken) for found in tables], setup.held_out)
-    return prepare(setup, *sides, context, f"{split} of {path}", broken)
+
+    def corpus() -> Corpus:
+        sides = split_bundles([texts(found, column, broken) for found in tables], setup.held_out)
+        return Corpus(f"{split} of {path}", sides, broken)
+
+    return prepare(setup, [corpus], context)
 
 
 def _saved(folder: Path, split: str) -> list[Document]:

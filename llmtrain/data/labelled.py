@@ -119,7 +119,7 @@ def labelled_text(
 
     Each sample begins with a token of its own; what is longer than the context is cut, what is shorter is filled up
     with a padding token, which no model may take notice of. Texts that are equal fall on one side. The task is
-    classification; for quantities say task=regression loss=mse.
+    classification; for quantities say task=regression.
 
     Args:
         path: A file, a folder (all files of records in it and below), or a glob such as 'mails/*.csv': .jsonl, .csv,

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtrain.types import Augment, Batch, Samples
+from llmtrain.data.order import Buckets, Order, Shuffled
+from llmtrain.types import Augment, Batch, Mixed, Samples
 
 
 class Step(NamedTuple):
@@ -27,18 +28,20 @@ class Step(NamedTuple):
 
 
 class Loader:
-    """Batches of training samples, shuffled anew in every epoch, each sample once per epoch.
+    """Batches of training samples, in an order that each epoch has anew.
 
     Args:
         samples: What is drawn from.
         batch_size: Samples per step over all processes.
         accumulate: Micro-batches that a process splits its share into.
-        seed: Start of the shuffling.
+        seed: Start of the keys, and of the shuffling where there is no order.
         device: Where batches go.
         limit: Samples after which all is masked out; shapes stay the same to the end. None is no limit.
-        vary: Makes the question of the samples and a key (seed, epoch, index) for each; None takes them as they
-            are.
-        augment: Varies the samples on the device, by the same keys; None leaves them.
+        order: Which samples come; None shuffles, each once in an epoch.
+        buckets: Lengths of which each micro-batch is cut to the least that holds it; None leaves it.
+        vary: Makes the question of the samples and a key (seed, pass, index) for each; None takes them as they
+            are. The pass is how often the sample has come before.
+        augment: Varies the samples on the device, by the same keys, and never makes them longer; None leaves them.
         rank: This process's number.
         world: Number of processes.
     """
@@ -52,6 +55,8 @@ class Loader:
         seed: int,
         device: torch.device,
         limit: int | None = None,
+        order: Order | None = None,
+        buckets: Buckets | None = None,
         vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None,
         augment: Augment | None = None,
         rank: int = 0,
@@ -60,19 +65,20 @@ class Loader:
         self.samples, self.batch_size, self.accumulate = samples, batch_size, accumulate
         self.seed, self.device, self.limit = seed, device, limit
         self.vary, self.augment, self.rank, self.world = vary, augment, rank, world
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+        self.order, self.buckets = order or Shuffled(len(samples), seed), buckets
+        self._epoch, self._passes, self._indices = -1, np.empty(0), np.empty(0)
 
     def sample(self, position: int) -> int:
         """The sample at a position of the endless stream of epochs."""
         return self.key(position)[-1]
 
     def key(self, position: int) -> tuple[int, int, int]:
-        """Seed, epoch and sample at a position of the endless stream of epochs."""
-        epoch, index = divmod(position, len(self.samples))
+        """Seed, pass and sample at a position of the endless stream of epochs."""
+        epoch, place = divmod(position, len(self.samples))
         if epoch != self._epoch:
+            self._passes, self._indices = self.order(epoch)
             self._epoch = epoch
-            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
-        return self.seed, epoch, int(self._permutation[index])
+        return self.seed, int(self._passes[place]), int(self._indices[place])
 
     def step(self, first: int, pieces: int | None = None) -> Step:
         """The batch that begins at a position of the stream, its copy to the device under way.
@@ -91,12 +97,17 @@ class Loader:
             inputs, targets, mask = self.vary(inputs, targets, mask, keys)
         if self.limit is not None:
             mask[[p >= self.limit for p in positions]] = False
-        whole: tuple[Tensor, ...] = to_device(inputs, targets, mask, self.device)
-        if self.augment is not None:
-            whole = self.augment(Batch(*whole), keys)
-        kind = type(whole)
-        micro = [kind(*(t[i : i + size] for t in whole)) for i in range(0, share, size)]
+        batch = to_device(inputs, targets, mask, self.device)
+        whole = self.augment(batch, keys) if self.augment is not None else batch
+        micro = [self._micro(whole, slice(i, i + size), inputs) for i in range(0, share, size)]
         return Step(micro, int(mask[:share].sum()), share * self.world)
+
+    def _micro(self, whole: Batch | Mixed, rows: slice, inputs: np.ndarray) -> tuple[Tensor, ...]:
+        """Some rows of a batch, cut to what holds their inputs, which the host knows without waiting for the device."""
+        micro = type(whole)(*(t[rows] for t in whole))
+        if self.buckets is None:
+            return micro
+        return micro._replace(inputs=micro.inputs[:, : self.buckets.fit(inputs[rows])].contiguous())
 
 
 class Ahead:

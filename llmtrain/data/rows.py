@@ -1,10 +1,9 @@
-"""Labelled samples: how they are held, how they are split, and what guessing their labels would reach."""
+"""Labelled samples: how they are held, and how they are split."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +102,7 @@ def prepared(setup: Setup, samples: Labelled) -> Data:
         record = record | {"targets": {"names": samples.names, **scaling}}
     targets = targets if targets.ndim == 1 else targets.astype(np.float32)
     train, val, test = (_side(inputs, targets, chosen) for chosen in parts.sides().values())
+    val = val if len(val) else train
     record = record | {"split": {name: _hex(samples.keys[chosen]) for name, chosen in parts.sides().items()}}
     words, facts = _told(samples, parts)
     return Data(
@@ -114,8 +114,7 @@ def prepared(setup: Setup, samples: Labelled) -> Data:
         fingerprint=_fingerprint(inputs, targets, *parts.sides().values()),
         words=words,
         facts=facts,
-        baseline=guess(train.targets, val.targets, spec.outputs),
-        test_baseline=guess(train.targets, test.targets, spec.outputs) if len(test) else None,
+        baseline=None,
         names=samples.names,
         record=record,
     )
@@ -201,14 +200,3 @@ def targets_of(samples: Samples) -> np.ndarray:
         return samples.targets
     starts = range(0, len(samples), 256)
     return np.concatenate([samples.take(range(i, min(i + 256, len(samples))))[1] for i in starts])
-
-
-def guess(train: np.ndarray, val: np.ndarray, outputs: int) -> tuple[str, dict[str, float]]:
-    """What guessing by the frequencies of the classes, or always the mean, would reach on the held-out samples."""
-    if train.ndim == 1:
-        counts = np.bincount(train, minlength=outputs) + 1
-        nats = -np.log(counts / counts.sum())[val].mean()
-        return "class frequencies", {"loss": float(nats), "accuracy": float((val == counts.argmax()).mean())}
-    off = val - train.mean(0)
-    mse = float(np.square(off).mean())
-    return "the mean", {"loss": mse, "rmse": math.sqrt(mse), "mae": float(np.abs(off).mean())}

@@ -1,7 +1,8 @@
 """Which samples are learned from, which are held out, and which are kept for the test.
 
 All samples stand in one line, whose order follows from their content and a seed alone. The test is the beginning of
-the line, validation a stretch of what follows, and training the rest; k folds are k such stretches. Samples that
+the line, or another stretch of it, validation a stretch of what follows, and training the rest; k folds are k such
+stretches. Samples that
 are equal, or of one group, stand together, so that nothing that is learned from is asked for. Where there are classes,
 each is spread evenly over the line, so that every stretch gets its share of each. Where a sample stands changes
 little when others come or go, and not at all with the order of the rows.
@@ -155,15 +156,19 @@ def _mixed(keys: np.ndarray) -> np.ndarray:
 
 def _cut(setup: Setup, weights: np.ndarray, given: np.ndarray) -> np.ndarray:
     """The side of each unit of a line; a unit is where its middle is."""
-    middle, total = np.cumsum(weights) - weights / 2, weights.sum()
+    total = weights.sum()
+    middle = np.cumsum(weights) - weights / 2
     wanted = LABELLED if setup.test_fraction is None else setup.test_fraction
     if (given == TEST).any():
         _only_one("test_fraction", setup.test_fraction, "data.test_path")
         wanted = 0.0
-    test = middle < round(total * wanted, 6)
-    kept = weights[test].sum()
-    place = (middle - kept) / max(total - kept, 1)
-    low, high, _ = setup.held_out
+    begin = wanted * (setup.test_fold or 0)
+    before = middle < round(total * begin, 6)
+    test = ~before & (middle < round(total * (begin + wanted), 6))
+    after = ~before & ~test
+    last, left = weights[after].sum(), max(total - weights[test].sum(), 1)
+    place = np.where(before, last + middle, middle - (total - last)) / left
+    low, high, *_ = setup.held_out
     if (given == VAL).any():
         _only_one("folds", setup.fold and setup.fold[1], "data.val_path")
         high = low
@@ -177,7 +182,9 @@ def _only_one(knob: str, value: Any, path: str) -> None:
 
 def _check(setup: Setup, units: int, train: np.ndarray, val: np.ndarray, test: np.ndarray) -> None:
     """Refuses sides without a sample."""
+    nothing = setup.held_out.share("val") == 0  # is asked for
     empty = [name for name, side in (("training", train), ("validation", val)) if not len(side)]
+    empty = [name for name in empty if not (nothing and name == "validation")]
     if not len(test) and setup.test_fraction != 0:
         empty.append("the test")
     if empty:

@@ -37,7 +37,7 @@ def table(
     """Your own table: one sample a row, one of its columns the label.
 
     Numbers are standardized by the mean and deviation of the training samples, words become one 0 or 1 for each that
-    there is. The run keeps in `data.json` how. The task is classification; for quantities say task=regression loss=mse.
+    there is. The run keeps in `data.json` how. The task is classification; for quantities say task=regression.
 
     Args:
         path: A file, a folder (all tables in it and below), or a glob such as 'tables/*.csv': .csv, .tsv, .parquet or

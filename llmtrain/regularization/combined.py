@@ -126,16 +126,17 @@ class Combined(Regularizer):
         return found
 
     @torch.no_grad()
-    def add_gradients(self) -> None:
-        """Adds those of the penalties."""
+    def add_gradients(self) -> dict[Tensor, Tensor]:
+        """Adds those of the penalties; on a CPU one by one, and takes the norm of each while it is in the cache."""
         l1, l2 = 0.0 if self.knobs["proximal"] else self.knobs["l1"], self.knobs["l2"]
+        norms: dict[Tensor, Tensor] = {}
         for params, share, _ in self.groups if l1 or l2 else []:
             owners = [w for w in params if w.grad is not None]
-            grads = [w.grad for w in owners]
-            if l2 and owners:
-                torch._foreach_add_(grads, owners, alpha=2 * l2 * share)
-            if l1 and owners:
-                _add_signs(grads, owners, l1 * share)
+            if owners and owners[0].device.type == "cpu":
+                norms |= {w: torch.linalg.vector_norm(*_penalize([w], l1 * share, l2 * share)) for w in owners}
+            elif owners:
+                _penalize(owners, l1 * share, l2 * share)
+        return norms
 
     @torch.no_grad()
     def before_update(self, now: Moment) -> None:
@@ -191,13 +192,14 @@ def _approaching(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
     return [torch.where(s >= 0, b, 0.0) for s, b in zip(steps, before, strict=True)]
 
 
-def _add_signs(grads: list[Tensor], weights: list[Tensor], by: float) -> None:
-    """Adds `by` times the signs of the weights; on a CPU one by one, so that they stay in its cache."""
-    if weights[0].device.type != "cpu":
-        torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=by)
-        return
-    for g, w in zip(grads, weights, strict=True):
-        g.add_(w.sign(), alpha=by)
+def _penalize(weights: list[Tensor], l1: float, l2: float) -> list[Tensor]:
+    """Adds the gradients of l1 * sum|w| + l2 * sum(w^2) to those of the weights, and gives them."""
+    grads = [w.grad for w in weights if w.grad is not None]
+    if l2:
+        torch._foreach_add_(grads, weights, alpha=2 * l2)
+    if l1:
+        torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=l1)
+    return grads
 
 
 def _soft_threshold(weights: list[Tensor], by: float) -> None:

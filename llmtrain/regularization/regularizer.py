@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from torch import Tensor
@@ -27,8 +27,13 @@ class Regularizer:
         """Scalars on the device, for the log."""
         return {}
 
-    def add_gradients(self) -> None:
-        """Adds to the gradients, once per step and before they are clipped."""
+    def add_gradients(self) -> Mapping[Tensor, Tensor]:
+        """Adds to the gradients, once per step and before they are clipped.
+
+        Returns:
+            By parameter, the norm of its gradient as it now is, where that was cheap to take on the way.
+        """
+        return {}
 
     def before_update(self, now: Moment) -> None:
         """Acts after clipping, before the optimizer moves the weights."""

@@ -1,0 +1,1 @@
+"""Many runs: the jobs of a grid or of cross-validation, each a process of its own, and what they come to."""

@@ -1,0 +1,179 @@
+"""Runs jobs, some at a time, each in a process of its own that is forked from one where torch is loaded already."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any, Protocol, cast
+
+from llmtrain.config import Sweep
+from llmtrain.stop import Stop
+from llmtrain.sweep.plan import Job, status_of
+from llmtrain.sweep.worker import Slot, work
+
+_LOOK = 0.5
+"""Seconds between two looks at what the jobs have done."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        job: Which.
+        state: `finished`, `diverged`, `stopped`, `failed` or `waiting`, which it still is.
+        metrics: The last of each metric.
+        error: Why it failed.
+        seconds: What it took, from the first start to the end; 0 where that is not known.
+    """
+
+    job: Job
+    state: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.state in ("finished", "diverged")
+
+    def value(self, metric: str) -> float:
+        """A metric; NaN where there is none."""
+        found = self.metrics.get(metric)
+        return math.nan if found is None or self.state == "diverged" else float(found)
+
+
+class Board(Protocol):
+    """Whoever is told what happens to the jobs."""
+
+    def started(self, job: Job) -> None:
+        """A job begins."""
+        ...
+
+    def ended(self, outcome: Outcome) -> None:
+        """A job has ended, or had before."""
+        ...
+
+    def look(self) -> None:
+        """Time goes by."""
+        ...
+
+
+def outcome_of(job: Job) -> Outcome:
+    """What a job has come to, by what it left in its folder: true after whatever end."""
+    status = status_of(job.folder)
+    if status.get("id") != job.id:
+        return Outcome(job, "waiting")
+    try:
+        record = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    state = status.get("state", "failed")
+    seconds = max(status.get("ended", 0.0) - status.get("started", 0.0), 0.0)
+    metrics = {k: v for k, v in record.get("metrics", {}).items() if v is not None} if state != "failed" else {}
+    if state == "running":  # and yet it does not: it was killed
+        return Outcome(job, "failed", error="was killed, by this machine's want of memory or by somebody")
+    return Outcome(job, state, metrics, status.get("error", ""), seconds)
+
+
+def carry_out(jobs: Sequence[Job], settings: Sweep, board: Board, trust: Sequence[str], stop: Stop) -> list[Outcome]:
+    """Runs what is not done yet, as many jobs at once as are asked for.
+
+    Args:
+        jobs: All of them; those that an earlier start has done are told and not run again.
+        settings: How many at once, and what is done about failures.
+        board: Is told what happens.
+        trust: Packages whose parts may run.
+        stop: When it becomes true, the running jobs save and end, and no more are started.
+
+    Returns:
+        What became of each, in the order given.
+    """
+    outcomes = {job.number: found for job in jobs if (found := outcome_of(job)).done}
+    for outcome in outcomes.values():
+        board.ended(outcome)
+    waiting = deque(job for job in jobs if job.number not in outcomes)
+    if waiting:
+        pool = _Pool(slots(settings.jobs), trust)
+        tries = dict.fromkeys((job.number for job in waiting), settings.retries)
+        halt = False
+        while pool.running or (waiting and not halt):
+            while waiting and pool.free and not (halt := halt or stop()):
+                job = waiting.popleft()
+                board.started(job)
+                pool.start(job)
+            if stop() or halt:
+                halt = True
+                pool.terminate()
+            for job in pool.ended():
+                outcome = outcome_of(job)
+                if outcome.state == "failed" and tries[job.number] and not halt:
+                    tries[job.number] -= 1
+                    waiting.append(job)
+                    continue
+                outcomes[job.number] = outcome
+                board.ended(outcome)
+                halt = halt or (outcome.state == "failed" and settings.on_failure == "stop")
+            board.look()
+    return [outcomes.get(job.number, Outcome(job, "waiting")) for job in jobs]
+
+
+class _Pool:
+    """Processes, and the slots that they run in."""
+
+    def __init__(self, slots: Iterable[Slot], trust: Sequence[str]):
+        self.free, self.running, self._trust = deque(slots), {}, trust
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["llmtrain.sweep.worker"])
+
+    running: dict[int, tuple[Any, Job, Slot]]
+
+    def start(self, job: Job) -> None:
+        """Starts a job in a free slot."""
+        slot = self.free.popleft()
+        process = self._context.Process(target=work, args=(job, slot, list(self._trust)), name=job.folder.name)
+        process.start()
+        self.running[process.sentinel] = (process, job, slot)
+
+    def ended(self) -> list[Job]:
+        """Waits a moment; the jobs whose processes are gone."""
+        found = []
+        for sentinel in wait(list(self.running), timeout=_LOOK) if self.running else ():
+            process, job, slot = self.running.pop(cast(int, sentinel))
+            process.join()
+            self.free.append(slot)
+            found.append(job)
+        return found
+
+    def terminate(self) -> None:
+        """Asks all to save and end."""
+        for process, _, _ in self.running.values():
+            if not getattr(process, "asked", False):
+                process.asked = True
+                process.terminate()
+
+
+def slots(jobs: int | None) -> list[Slot]:
+    """As many slots as are asked for: a GPU each, as far as there are some, and a share of the CPU's cores."""
+    devices = _devices()
+    number = jobs or max(len(devices), 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cores // number, 1) if number > 1 else None
+    return [Slot(devices[i % len(devices)] if devices else None, threads) for i in range(number)]
+
+
+def _devices() -> list[str]:
+    """The GPUs that there are, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip()] if torch.cuda.is_available() else []
+    return [str(i) for i in range(torch.cuda.device_count())]
