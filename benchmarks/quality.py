@@ -3,7 +3,8 @@
 Tables and images beside linear models, texts with a label beside TF-IDF and a linear support vector machine, language
 models beside counts of tokens. Training and its rival see the same training samples and are judged once, by the same
 test samples, or the same held-out tokens where a text has no test; what a rival has to choose it chooses by
-cross-validation on the training samples, or by the validation samples. Each seed draws another split, too.
+cross-validation on the training samples, or by the validation samples. Each seed draws another split, too. A run that
+does not come to its end is told in its row, and the jobs after it go on; a signal ends them all.
 
     python benchmarks/quality.py [--only digits ...] [--seeds 3] [KEY=VALUE ...]
 """
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import io
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -27,7 +29,7 @@ from llmtrain.config import RunConfig
 from llmtrain.display import Screen
 from llmtrain.run import prepare_data, task_of, train
 from llmtrain.story import Origin
-from llmtrain.types import Data, Samples
+from llmtrain.types import Data, Result, Samples
 
 SHARED = ("eval.batches=null", "sample.tokens=0", "log.tensorboard=false")
 """What every run has: whole evaluations, and nothing that is only for people."""
@@ -61,8 +63,16 @@ class Found:
     seconds: float
 
 
+class Unfinished(Exception):
+    """A run has no figure: it was stopped, or it diverged."""
+
+    def __init__(self, result: Result, seed: int):
+        super().__init__(f"{result.status} at step {result.step}, seed {seed}")
+        self.stopped = result.signal is not None
+
+
 def main() -> None:
-    """Trains, fits and prints a table."""
+    """Trains, fits and prints a table; each run on standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=JOBS)
     parser.add_argument("--seeds", type=int, help="of every job; otherwise each has its own number")
@@ -72,12 +82,22 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in options.only or JOBS:
         job = JOBS[name]
-        found = [run(job, seed, options.overrides) for seed in range(options.seeds or job.seeds)]
-        print(row(name, job, found), flush=True)
+        try:
+            found = [run(job, seed, options.overrides) for seed in range(options.seeds or job.seeds)]
+        except Unfinished as error:
+            print(f"| {name} | `{job.words}` | {job.metric.replace('_', ' ')} | {error} | | | |", flush=True)
+            if error.stopped:
+                return
+        else:
+            print(row(name, job, found), flush=True)
 
 
 def run(job: Job, seed: int, overrides: Sequence[str] = ()) -> Found:
-    """Trains in a folder that is thrown away, and fits the rivals to the same samples."""
+    """Trains in a folder that is thrown away, and fits the rivals to the same samples.
+
+    Raises:
+        Unfinished: If the run did not come to its end.
+    """
     words = job.words
     for word, path in PATHS.items():
         words = words.replace(word, path)
@@ -85,11 +105,16 @@ def run(job: Job, seed: int, overrides: Sequence[str] = ()) -> Found:
         drawn = (f"train.seed={seed}", f"eval.split_seed={seed}", f"run.dir={scratch}")
         config = config_of(*SHARED, *drawn, *words.split(), *overrides)
         begin = time.monotonic()
-        reached = train(config, Origin()).metrics[job.metric]
+        result = train(config, Origin())
         seconds = time.monotonic() - begin
+        if result.status != "finished":
+            raise Unfinished(result, seed)
         screen = Screen()
         screen.console.quiet = True
-        return Found(reached, job.rivals(config, prepare_data(config, screen)), seconds)
+        found = Found(result.metrics[job.metric], job.rivals(config, prepare_data(config, screen)), seconds)
+    told = ", ".join(f"{rival} {value:.4f}" for rival, value in found.rivals.items())
+    print(f"seed {seed}: ours {found.ours:.4f}, {told}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return found
 
 
 def row(name: str, job: Job, found: Sequence[Found]) -> str:
@@ -144,24 +169,27 @@ def _tested(search: object, data: Data) -> float:
 
 
 def tfidf(config: RunConfig, data: Data) -> dict[str, float]:
-    """Test accuracy of a linear support vector machine on TF-IDF of words and pairs, and of pieces of words.
+    """Test accuracy of a linear support vector machine on TF-IDF of words and pairs, of pieces of words, and of tokens.
 
-    The penalty is chosen by the validation samples; pieces of one file stand on both sides of a fold of the others.
+    The last sees what the network sees, phrases of up to three of its tokens. The penalty is chosen by the validation
+    samples; pieces of one file stand on both sides of a fold of the others.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.svm import LinearSVC
 
     ways = {
-        "words": TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-        "characters": TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
+        "words": (_texts, TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)),
+        "characters": (_texts, TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)),
+        "tokens": (_numbers, TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 3), sublinear_tf=True)),
     }
-    (texts, targets), val, test = (_texts(data, side) for side in (data.train, data.val, data.test))
+    targets, answers, right = (_all(side)[1] for side in (data.train, data.val, data.test))
     found = {}
-    for name, vectorizer in ways.items():
-        known, asked = vectorizer.fit_transform(texts), vectorizer.transform(val[0])
-        models = [LinearSVC(C=c).fit(known, targets) for c in (0.03, 0.1, 0.3)]
-        best = max(models, key=lambda model: model.score(asked, val[1]))
-        found[f"TF-IDF of {name}"] = float(best.score(vectorizer.transform(test[0]), test[1]))
+    for name, (read, vectorizer) in ways.items():
+        known = vectorizer.fit_transform(read(data, data.train))
+        asked, last = (vectorizer.transform(read(data, side)) for side in (data.val, data.test))
+        models = [LinearSVC(C=c).fit(known, targets) for c in (0.1, 0.3, 1, 3)]
+        best = max(models, key=lambda model: model.score(asked, answers))
+        found[f"TF-IDF of {name}"] = float(best.score(last, right))
     return found
 
 
@@ -220,11 +248,19 @@ def _all(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
     return inputs, targets
 
 
-def _texts(data: Data, samples: Samples) -> tuple[list[str], np.ndarray]:
-    """The text of samples of tokens, and their classes."""
-    inputs, targets = _all(samples)
-    special = (data.tokenizer.begin, data.tokenizer.pad)
-    return [data.tokenizer.decode(row[~np.isin(row, special)].tolist()) for row in inputs], targets
+def _texts(data: Data, samples: Samples) -> list[str]:
+    """The texts of samples of tokens."""
+    return [data.tokenizer.decode(row.tolist()) for row in _own(data, samples)]
+
+
+def _numbers(data: Data, samples: Samples) -> list[str]:
+    """Samples of tokens as words: the number of each token."""
+    return [" ".join(map(str, row.tolist())) for row in _own(data, samples)]
+
+
+def _own(data: Data, samples: Samples) -> list[np.ndarray]:
+    """Samples without the tokens that are no text."""
+    return [row[~np.isin(row, (data.tokenizer.begin, data.tokenizer.pad))] for row in _all(samples)[0]]
 
 
 TUMOURS = "train.steps=300 train.batch_size=32 model.dropout=0.3 regularization.weight_decay=0.1"

@@ -73,6 +73,12 @@ def _diff(argv: list[str]) -> int:
     return diff(argv)
 
 
+def _report(argv: list[str]) -> int:
+    from llmtrain.reports.command import report
+
+    return report(argv)
+
+
 def _explain(argv: list[str]) -> int:
     from llmtrain.explain import explain
 
@@ -90,6 +96,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "find": (_find, "a rate, a micro-batch:       llmtrain find lr model=gpt_nano"),
     "runs": (_runs, "which runs there are:        llmtrain runs --sort metric --limit 10"),
     "diff": (_diff, "runs side by side:           llmtrain diff runs/ONE runs/TWO"),
+    "report": (_report, "one page about runs:         llmtrain report runs/SWEEP"),
     "explain": (_explain, "what a knob means and does:  llmtrain explain optim.lr"),
 }
 
@@ -178,6 +185,10 @@ def _complete(arguments: list[str]) -> int:
         from llmtrain.listing import complete as complete_runs
 
         return complete_runs(command, before, last)
+    if command == "report":
+        from llmtrain.reports.command import complete as complete_report
+
+        return complete_report(last)
     if command not in COMMANDS:
         return 0
     if command in _ACTIONS:

@@ -20,6 +20,8 @@ from llmtrain.compose import (
     SHARED,
     UNREADABLE,
     Composed,
+    Draw,
+    compose_draw,
     compose_jobs,
     config_folder,
     from_hydra,
@@ -61,7 +63,7 @@ _FIND_USAGE = """usage: llmtrain find lr [GROUP=OPTION ...] [KEY=VALUE ...] [--j
 Takes some steps of what `llmtrain train` would train with the same words. Nothing is kept of them.
 
 lr: the rate rises from 1e-7 to 10 in 100 steps, until the loss blows up; tells where it falls fastest, and a tenth of
-where it is lowest. One test is rough, off by a factor of 2 or 3: --seeds=5 takes the median of five.
+where it is lowest. One test is rough, a factor of 3 off or more: --seeds=5 takes the median of five.
 batch: the largest micro-batch that fits into memory, and the fastest one. train.batch_size stays; --share says how much
 of the memory may be taken, 0.8 of a CPU's and 0.95 of a GPU's unless you say.
 
@@ -71,7 +73,8 @@ of the memory may be taken, 0.8 of a CPU's and 0.95 of a GPU's unless you say.
   llmtrain find batch model=gpt_small train.batch_size=256  prints train.accumulate=...
   llmtrain find batch data=digits model=mlp --json          the same as JSON
 """
-_CV_USAGE = """usage: llmtrain cv [GROUP=OPTION ...] [KEY=VALUE ...] [folds=5] [choose=best|one_se] [nested=true] [--dry-run]
+_CV_USAGE = """usage: llmtrain cv [GROUP=OPTION ...] [KEY=VALUE ...] [folds=5] [choose=best|one_se] [nested=true]
+                   [--dry-run]
 
 Trains every point of a grid on every fold of the data, chooses by the mean, trains the choice on all but the test, and
 tests that once. Given again, the same command goes on where it was.
@@ -92,6 +95,8 @@ def train(argv: list[str]) -> int:
     name = options.config_name or "config"
     if options.shell_completion:
         return _complete(name, options)
+    if options.multirun and (draw := compose_draw(name, options.overrides)) is not None:
+        return _search(name, draw, options)
     jobs = compose_jobs(name, options.overrides, options.multirun)
     if options.help or options.hydra_help:
         _raise_all([job.misfits for job in jobs])
@@ -99,12 +104,26 @@ def train(argv: list[str]) -> int:
     if options.cfg or options.info:
         _check_jobs(jobs, options.trust, parts=False)
         return _show(name, options)
-    configs = _check_jobs(jobs, options.trust)
-    if options.multirun or options.dry_run:
+    many = options.multirun or options.dry_run
+    configs = _check_jobs(jobs, options.trust, many=many)
+    if many:
         from llmtrain.sweep.study import sweep
 
         return sweep(jobs, configs, _command(options), options.trust, options.dry_run)
     return _train_one(configs[0], jobs[0])
+
+
+def _search(name: str, draw: Draw, options: argparse.Namespace) -> int:
+    """`llmtrain train -m hydra/sweeper=optuna`: trials that are drawn one after the other."""
+    if options.help or options.hydra_help:
+        return _show(name, options)
+    from llmtrain.sweep.search import search
+
+    def ready(own: Sequence[Sequence[str]], parts: bool) -> list[tuple[Composed, RunConfig]]:
+        jobs = [compose_jobs(name, [*draw.fixed, *lines], False)[0] for lines in own]
+        return [*zip(jobs, _check_jobs(jobs, options.trust, parts), strict=True)]
+
+    return search(draw, ready, _command(options), options.trust, options.dry_run)
 
 
 def cv(argv: list[str]) -> int:
@@ -117,13 +136,15 @@ def cv(argv: list[str]) -> int:
     if options.help:
         print(_CV_USAGE, end="")
         return 0
+    if compose_draw(name, options.overrides) is not None:
+        raise ConfigError([Misfit("hydra/sweeper", "optuna", "goes with train -m; cv judges every point of a grid")])
     jobs = compose_jobs(name, options.overrides, True)
     if options.cfg or options.info or options.hydra_help:
         _check_jobs(jobs, options.trust, parts=False)
         return _show(name, options)
     from llmtrain.sweep.crossval import cross_validate
 
-    found = [*zip(jobs, _check_jobs(jobs, options.trust), strict=True)]
+    found = [*zip(jobs, _check_jobs(jobs, options.trust, many=True), strict=True)]
     return cross_validate(found, _command(options), options.trust, options.dry_run)
 
 
@@ -321,7 +342,7 @@ def _raise_all(per_job: list[list[Misfit]]) -> None:
 
 
 def _check_jobs(
-    jobs: list[Composed], trust: Sequence[str], parts: bool = True, only: Sequence[str] = ()
+    jobs: list[Composed], trust: Sequence[str], parts: bool = True, only: Sequence[str] = (), many: bool = False
 ) -> list[RunConfig]:
     """Checks every job, schema first, then what the parts say; raises once with all of it.
 
@@ -330,6 +351,7 @@ def _check_jobs(
         trust: Packages whose parts may run.
         parts: Whether the parts are asked.
         only: Sections and groups that count, and `train`; what is wrong with others is not told. Empty: all do.
+        many: Whether they are jobs of a sweep, whose folders are its own, and which go on by themselves.
     """
     per_job = [list(job.misfits) for job in jobs]
     configs: list[RunConfig] = []
@@ -343,7 +365,11 @@ def _check_jobs(
         if parts:
             from llmtrain.misfits import part_misfits  # torch: only now, when a config is at hand
 
-            found = found + part_misfits(replace(config, **idle))
+            asked = replace(config, **idle)
+            if many and config.run is not None:
+                start = "never" if config.resume == "auto" else config.resume
+                asked = replace(asked, run=replace(config.run, name=None), resume=start)
+            found = found + part_misfits(asked)
         told = {m.key for m in misfits}
         spoiled = tuple(f"{group}." for group in job.spoiled)
         misfits += [m for m in found if m.key not in told and not (spoiled and m.key.startswith(spoiled))]

@@ -6,6 +6,7 @@ stand are set aside, so that all mistakes, Hydra's and ours, come in one report.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
@@ -39,7 +41,11 @@ SHARED = {group: about.folder for group, about in GROUPS.items() if about.folder
 """Groups whose options lie in another's folder, which Hydra wants to be named."""
 FREE_TEXT = ("prompt", "sample.prompt")
 """Knobs whose value is taken as it is typed, with its spaces, commas and brackets."""
+SEARCH = "optuna"
+"""The sweeper of `conf/hydra/sweeper` that searches."""
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+_OF_ALL = ("sweep.", "cv.", "run.dir", "run.cache", "hydra")
+_ONE_FOR_ALL = "is one for all jobs, and cannot be swept"
 UNREADABLE = (yaml.YAMLError, HydraException, OmegaConfBaseException, OSError, ValueError)
 """What is raised for YAML files that cannot be read or composed."""
 
@@ -129,76 +135,120 @@ def compose_jobs(config_name: str, overrides: Sequence[str], multirun: bool) -> 
         parser = OverridesParser.create(config_loader=loader)
         parsed, misfits = _parse(parser, overrides, multirun)
         check_searchpath(_searchpath(config_name, parsed, loader))
-        jobs: list[_Job] = [(parsed, {})]
-        if multirun:
-            jobs, wrong = _grid(config_name, loader, parser, parsed)
-            misfits += wrong
-        composed = [_compose_one(config_name, loader, job) for job, _ in jobs]
-    for job, (_, given) in zip(composed, jobs, strict=True):
-        job.misfits, job.given = misfits + job.misfits, given
-        job.overrides = [*overrides] if not multirun else job.overrides
+        if not multirun:
+            composed = [_compose_one(config_name, loader, parsed, [], {})]
+            composed[0].overrides = [*overrides]
+        else:
+            steady, points, wrong = _grid(config_name, loader, parser, parsed)
+            misfits, bases = misfits + wrong, dict[tuple[str, ...], Any]()
+            composed = [_compose_one(config_name, loader, steady, own, bases) for own in points]
+    for job in composed:
+        told = {(m.key, str(m.value)) for m in misfits}
+        job.misfits = misfits + [m for m in job.misfits if (m.key, str(m.value)) not in told]
     return composed
 
 
-_Job = tuple[list[Override], dict[str, str]]
-"""The overrides of a job of a grid, and which of them are its own."""
+@dataclass(frozen=True)
+class Draw:
+    """What a search draws from.
+
+    Attributes:
+        settings: `hydra.sweeper`, as plain values.
+        fixed: The overrides that all trials share, as they were written.
+        varied: Those that say what a key's values are drawn from.
+        misfits: What is wrong with those that the config lists.
+    """
+
+    settings: dict[str, Any]
+    fixed: list[str]
+    varied: list[Override]
+    misfits: list[Misfit]
+
+
+def compose_draw(config_name: str, overrides: Sequence[str]) -> Draw | None:
+    """What a search draws from; None where the sweeper is another, or the config cannot be composed.
+
+    Args:
+        config_name: The primary config.
+        overrides: Hydra overrides, mended.
+    """
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3", job_name="llmtrain"):
+        loader = GlobalHydra.instance().config_loader()
+        parser = OverridesParser.create(config_loader=loader)
+        parsed, _ = _parse(parser, overrides, multirun=True)
+        check_searchpath(_searchpath(config_name, parsed, loader))
+        fixed = [override for override in parsed if not override.is_sweep_override()]
+        config = _load(config_name, loader, fixed, Composed(), RunMode.MULTIRUN)
+        if config is None or config.hydra.sweeper.get("name") != SEARCH:
+            return None
+        listed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+        inner, misfits = _parse(parser, listed, multirun=True)
+    last = {_key(override): override for override in [*inner, *parsed]}  # the command line comes after the config
+    varied = [override for override in last.values() if override.is_sweep_override()]
+    swept = {_line(o) for o in parsed if o.is_sweep_override()}
+    shared = [_line(o) for o in inner if o is last[_key(o)] and o not in varied]
+    settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    return Draw(settings, [*shared, *(line for line in overrides if line not in swept)], varied, misfits)
 
 
 def _grid(
     config_name: str, loader: ConfigLoader, parser: OverridesParser, parsed: list[Override]
-) -> tuple[list[_Job], list[Misfit]]:
-    """The jobs of a grid, and what is wrong with the config that it is drawn from."""
+) -> tuple[list[Override], list[list[Override]], list[Misfit]]:
+    """The overrides that all jobs of a grid share, those of each alone, and what is wrong with them."""
     fixed = [override for override in parsed if not override.is_sweep_override()]
     whole = Composed()
     config = _load(config_name, loader, fixed, whole, RunMode.MULTIRUN)
     if config is None:
-        return [(fixed, {})], whole.misfits
+        return fixed, [[]], whole.misfits
     if config.hydra.sweeper.get("_target_") == _BASIC_SWEEPER:
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         listed, wrong = _parse(parser, params, multirun=True)
         parsed = listed + parsed
         rule = "has no steps, so there is no grid of it; write range(A,B,STEP) or the values"
-        wrong += [Misfit(o.key_or_group, _line(o).partition("=")[2], rule) for o in parsed if _is_interval(o)]
+        wrong += [Misfit(o.key_or_group, _value(o), rule) for o in parsed if _is_interval(o)]
         whole.misfits += wrong
-    settings, seed = config.get("sweep") or {}, OmegaConf.select(config, "train.seed")
-    varied = [o for o in parsed if o.is_sweep_override() and not _is_interval(o)]
+    last = {_key(o): o for o in parsed}  # what the command line says comes after what a config lists
     steady = [o for o in parsed if not o.is_sweep_override()]
-    axes, wrong = _axes(varied, settings, seed)
-    whole.misfits += wrong
-    jobs = []
-    for point in itertools.product(*axes):
-        own = parser.parse_overrides([line for lines in point for line in lines])
-        given = {o.key_or_group: _line(o).partition("=")[2] for o in own}
-        jobs.append(([*steady, *own], given))
-    return jobs, whole.misfits
+    varied = [o for o in last.values() if o.is_sweep_override() and not _is_interval(o)]
+    axes, wrong = _axes(varied, config)
+    points = [[line for lines in point for line in lines] for point in itertools.product(*axes)]
+    return steady, [parser.parse_overrides(own) for own in points], whole.misfits + wrong
 
 
-def _axes(varied: Sequence[Override], settings: Any, seed: Any) -> tuple[list[list[list[str]]], list[Misfit]]:
+def _axes(varied: Sequence[Override], config: DictConfig) -> tuple[list[list[list[str]]], list[Misfit]]:
     """What varies: of each axis of the grid its places, each some overrides. The last axis varies fastest.
 
     Keys of `sweep.zip` are one axis, which stands where the first of them does; `sweep.seeds` is another, the last.
     """
-    values = {o.get_key_element(): [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in varied}
-    pairs, seeds, misfits = list(settings.get("zip") or []), settings.get("seeds") or 1, []
+    values = {_key(o): [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in varied}
+    zipped, seeds = OmegaConf.select(config, "sweep.zip"), OmegaConf.select(config, "sweep.seeds")
+    seed = OmegaConf.select(config, "train.seed")
+    pairs = [mend(key) for key in zipped if isinstance(key, str)] if isinstance(zipped, ListConfig) else []
+    repeated = isinstance(seeds, int) and seeds > 1 and isinstance(seed, int)  # what is neither, the check will tell
+    misfits = [Misfit(key, ",".join(values[key]), _ONE_FOR_ALL) for key in values if key.startswith(_OF_ALL)]
     lengths = {key: len(values.get(key, [])) for key in pairs}
     for key in [key for key, length in lengths.items() if not length]:
         misfits.append(Misfit("sweep.zip", key, "has no list of values to go with the others", nearest(key, values)))
     if len(set(lengths.values())) > 1 and not misfits:
         told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
         misfits.append(Misfit("sweep.zip", pairs, f"must have as many values each: {told}"))
-    if isinstance(seeds, int) and seeds > 1 and "train.seed" in values:
+    if repeated and "train.seed" in values:
         misfits.append(Misfit("sweep.seeds", seeds, "repeats each point with other seeds, and train.seed is swept too"))
     if misfits:
         return [], misfits
-    axes = []
-    for key, lines in values.items():
-        if key not in pairs:
-            axes.append([[line] for line in lines])
-        elif key == next(key for key in values if key in pairs):
-            axes.append([list(point) for point in zip(*(values[key] for key in pairs), strict=True)])
-    if isinstance(seeds, int) and seeds > 1 and isinstance(seed, int):
+    axes = [[[line] for line in lines] for key, lines in values.items() if key not in pairs]
+    if pairs:
+        first = min(list(values).index(key) for key in pairs)
+        together = [list(point) for point in zip(*(values[key] for key in lengths), strict=True)]
+        axes.insert(first, together)
+    if repeated:
         axes.append([[f"train.seed={seed + i}"] for i in range(seeds)])
     return axes, []
+
+
+def _key(override: Override) -> str:
+    """The key of an override without the signs before it."""
+    return str(override.get_key_element()).lstrip("+~")
 
 
 def _searchpath(config_name: str, parsed: Sequence[Override], loader: Any) -> list[Any]:
@@ -245,10 +295,36 @@ def _parse(parser: OverridesParser, overrides: Sequence[str], multirun: bool) ->
     return parsed, misfits
 
 
-def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Override]) -> Composed:
-    """Composes what can be composed; what cannot is told in `misfits`."""
-    job = Composed(overrides=[_line(override) for override in overrides])
-    config = _load(config_name, loader, overrides, job, RunMode.RUN)
+def _compose_one(
+    config_name: str,
+    loader: ConfigLoader,
+    steady: Sequence[Override],
+    own: Sequence[Override],
+    bases: dict[tuple[str, ...], Any],
+) -> Composed:
+    """Composes what can be composed; what cannot is told in `misfits`.
+
+    Jobs of a grid that choose the same options differ in values alone, and are made from one base: Hydra takes a tenth
+    of a second to read and merge YAML files.
+
+    Args:
+        config_name: The primary config.
+        loader: Hydra's.
+        steady: Overrides that the job shares with all others.
+        own: Those of this job.
+        bases: What was composed before, by the options chosen.
+    """
+    job = Composed(overrides=[_line(o) for o in [*steady, *own]], given={_key(o): _value(o) for o in own})
+    chosen = [o for o in own if o.is_hydra_override() or loader.get_group_options(o.key_or_group, ObjectType.CONFIG)]
+    key = tuple(map(_line, chosen))
+    if key not in bases:
+        base = Composed()
+        bases[key] = (_load(config_name, loader, [*steady, *chosen], base, RunMode.RUN), base)
+    config, base = bases[key]
+    job.misfits, job.spoiled = [*base.misfits], {*base.spoiled}
+    values = [o for o in own if o not in chosen]
+    if config is not None and values:
+        config = _load(config_name, loader, values, job, RunMode.RUN, config)
     if config is not None:
         job.choices = {k: v for k, v in config.hydra.runtime.choices.items() if not k.startswith("hydra/")}
         nodes = {str(k): config._get_node(k) for k in config if k != "hydra" and not OmegaConf.is_missing(config, k)}
@@ -256,10 +332,33 @@ def _compose_one(config_name: str, loader: ConfigLoader, overrides: list[Overrid
     return job
 
 
+def _value(override: Override) -> str:
+    """The value of an override as it was written."""
+    return _line(override).partition("=")[2]
+
+
+def _with_values(base: DictConfig, lines: Sequence[str]) -> DictConfig:
+    """A composed config with other values, as if Hydra had composed it with them."""
+    config, overrides = copy.deepcopy(base), OverridesParser.create().parse_overrides([*lines])
+    ConfigLoaderImpl._apply_overrides_to_config(overrides, config)
+    config.hydra.overrides.task.extend(lines)
+    given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
+    config.hydra.job.override_dirname = get_overrides_dirname(given, **config.hydra.job.config.override_dirname)
+    return config
+
+
 def _load(
-    config_name: str, loader: ConfigLoader, overrides: list[Override], job: Composed, mode: RunMode
+    config_name: str,
+    loader: ConfigLoader,
+    overrides: list[Override],
+    job: Composed,
+    mode: RunMode,
+    base: DictConfig | None = None,
 ) -> DictConfig | None:
-    """Lets Hydra compose, with what it would stop at set aside; None where the config is broken or not data."""
+    """Lets Hydra compose, with what it would stop at set aside; None where the config is broken or not data.
+
+    With a base nothing is read: the overrides are values to put into it.
+    """
     lines = []
     for override in overrides:
         line, misfit = _settle(override, loader)
@@ -270,7 +369,10 @@ def _load(
         if line is not None:
             lines.append(line)
     try:
-        config = loader.load_configuration(config_name, lines, mode, from_shell=False)
+        if base is not None:
+            config = _with_values(base, lines)
+        else:
+            config = loader.load_configuration(config_name, lines, mode, from_shell=False)
     except yaml.YAMLError as error:
         job.misfits.append(_broken_yaml(error))
     except KeyError as error:  # Hydra copies the environment as it composes

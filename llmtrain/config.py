@@ -186,11 +186,14 @@ class Checkpoint:
             to fall back on. Lower: less disk.
         best: true: saves whenever an evaluation is the best so far. false: the best of those that were saved
             anyway is kept.
+        other_data: refuse: a run goes on only with the data and the tokenizer that its checkpoint was trained on. allow:
+            also with others, as when files have come; the vocabulary must be as large.
     """
 
     every: Count | None
     keep: Count
     best: bool
+    other_data: Literal["refuse", "allow"]
 
 
 @dataclass(frozen=True)

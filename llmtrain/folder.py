@@ -113,13 +113,6 @@ def is_free(folder: Path) -> bool:
     return True
 
 
-def wait_for(folder: Path, seconds: float) -> None:
-    """Waits until no process holds a run's folder, so many seconds at most."""
-    end = time.monotonic() + seconds
-    while not is_free(folder) and time.monotonic() < end:
-        time.sleep(0.1)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file in one step: readers see the old text or the new, never half of it.
 

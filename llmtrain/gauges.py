@@ -67,7 +67,7 @@ class Cuda:
         """Gives back what is no longer used; the peak begins anew, and no more than the share is handed out."""
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(self._share, self._device)
+        torch.cuda.set_per_process_memory_fraction(self._share)
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:

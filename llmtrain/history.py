@@ -25,6 +25,8 @@ _ASIDE = ("run.name", "run.dir", "run.cache", "resume")
 """Knobs that change nothing of what a run comes to, as do all of `log`."""
 _TAILS = (1 << 13, 1 << 18)
 """Bytes at the end of `metrics.jsonl` to look at; more of them where the metric is not among the first."""
+_JSON = ("run.json", "result.json", "status.json")
+_TIME = (int, float)
 _FALLING = re.compile("loss|perplexity|bits|mse|mae|error")
 
 
@@ -230,25 +232,28 @@ def _record(path: str, names: set[str], name: str, sweep: str | None) -> Record:
     """The record of a run in a folder with files of these names."""
     start, result, status = (_json(f"{path}/{n}") if n in names else {} for n in _JSON)
     start = start or _older(path)
-    begun = max(start.get("resumed") or start.get("started") or 0, status.get("started") or 0)
-    ended = bool(result) and (result.get("ended") or math.inf) >= begun  # else it has begun again since
-    state = str(result.get("status")) if ended else _state(path, status)
-    monitor = start.get("monitor") or "val_loss"
+    started, resumed, again = (
+        _if(_TIME, told, 0) for told in (start.get("started"), start.get("resumed"), status.get("started"))
+    )
+    begun = max(started, resumed, again)
+    ended = result.get("status") in STATES and _if(_TIME, result.get("ended"), math.inf) >= begun  # not begun again
+    state = result["status"] if ended else _state(path, status)
+    monitor = _if(str, start.get("monitor"), "val_loss")
     if ended:
-        step, metrics = result.get("step") or 0, _numbers(result.get("metrics"))
+        step, metrics = _if(int, result.get("step"), 0), _numbers(result.get("metrics"))
     else:
         step, metrics = _newest(f"{path}/metrics.jsonl", monitor)
     return Record(
         name=name,
         folder=Path(path),
         state=state,
-        started=start.get("started") or status.get("started"),
+        started=started or again or None,
         seconds=_seconds(path, begun, result, ended, state),
         step=step,
-        steps=start.get("steps"),
-        config=start.get("config") or {},
-        choices=start.get("choices") or {},
-        overrides=start.get("overrides") or [],
+        steps=_if(int, start.get("steps"), None),
+        config=_if(dict, start.get("config"), {}),
+        choices=_if(dict, start.get("choices"), {}),
+        overrides=_if(list, start.get("overrides"), []),
         metrics=metrics,
         best=_numbers(result.get("best")) if ended else {},
         monitor=monitor,
@@ -258,7 +263,9 @@ def _record(path: str, names: set[str], name: str, sweep: str | None) -> Record:
     )
 
 
-_JSON = ("run.json", "result.json", "status.json")
+def _if(kind: Any, value: Any, otherwise: Any) -> Any:
+    """A value that was read, if it is of the kind that is written there."""
+    return value if isinstance(value, kind) else otherwise
 
 
 def _json(path: str | Path) -> dict[str, Any]:
@@ -312,8 +319,8 @@ def _lives(process: Any) -> bool:
 
 def _seconds(path: str, begun: float, result: Mapping[str, Any], ended: bool, state: str) -> float | None:
     """Time trained: as the result says, or from the start to now or to the newest line."""
-    before = result.get("seconds") or 0.0
-    if ended and "seconds" in result:
+    before = _if(_TIME, result.get("seconds"), 0.0)
+    if ended and before:
         return float(before)
     if not begun:
         return None

@@ -1,29 +1,22 @@
-"""`llmtrain runs` and `llmtrain diff`: which runs there are, and in what some of them differ.
-
-Lines are set here and not by rich's tables, which take half a millisecond for each of what may be thousands.
-"""
+"""`llmtrain runs` and `llmtrain diff`: which runs there are, and in what some of them differ."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import math
 import operator
 import re
-import shutil
 import string
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -32,9 +25,10 @@ from llmtrain.folder import to_json
 from llmtrain.history import STATES, Record, curves, differing, falls, find, read, total
 from llmtrain.knobs import ConfigError, Misfit, UserError, nearest
 from llmtrain.report import printable
+from llmtrain.table import Column, across, cut, fitted, measured, room, said, tell
 from llmtrain.words import duration
 
-_RUNS = """which runs there are, newest first, with the knobs that differ
+_RUNS = """Which runs there are, newest first, with the knobs that differ. KEY is a knob, a group, a metric or a column.
 
   llmtrain runs                                       all in the folder of runs; a sweep is one line
   llmtrain runs runs/sweep-lr-4f2a1c                  those of one sweep
@@ -42,7 +36,7 @@ _RUNS = """which runs there are, newest first, with the knobs that differ
   llmtrain runs --where state=finished 'optim.lr<0.01' 'val_loss<=3' name=gpt*
   llmtrain runs --show optim.lr train.batch_size --sort optim.lr --json
 """
-_DIFF = """knobs that differ, metrics side by side and the curves of some runs
+_DIFF = """Knobs that differ, metrics side by side, and the curves of what the runs are judged by.
 
   llmtrain diff runs/one runs/two runs/three
   llmtrain diff one two --metric loss                 names are looked up in the folder of runs
@@ -62,33 +56,11 @@ _FACTS: dict[str, Callable[[Record], Any]] = {
 }
 _SPARE = ("step", "time", "when")
 """Columns that are left out, in turn, where there is no room."""
-_LEAST, _WIDEST = 16, 24
-"""Characters that a run's name keeps at least, and that the value of a knob takes at most."""
-_SCREEN, _WIDTH = 40, 100
-"""Lines on a terminal unless asked for more; columns where there is none."""
+_SCREEN = 40
+"""Lines on a terminal unless asked for more."""
 _ROWS, _COLUMNS = 12, 72
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 _STYLES = {"running": "green", "failed": "red", "diverged": "red", "killed": "yellow"}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its title, its cells, and whether they are flush right."""
-
-    title: str
-    cells: list[str]
-    right: bool = False
-
-    @cached_property
-    def width(self) -> int:
-        """That of the widest cell."""
-        return max(map(cell_len, [self.title, *self.cells]))
-
-    def at(self, row: int) -> str:
-        """A cell as wide as the column; that of row -1 is the title."""
-        text = self.cells[row] if row >= 0 else self.title
-        space = " " * (self.width - cell_len(text))
-        return space + text if self.right else text + space
 
 
 @dataclass(frozen=True)
@@ -239,22 +211,29 @@ def _options(record: Record) -> dict[str, str]:
 
 
 def _value(record: Record, key: str) -> Any:
-    """Something asked of a run; None where it has no such thing. Metrics are those of the best evaluation."""
+    """Something asked of a run; None where it has no such thing."""
+    return next(iter(_values(record, key)), None)
+
+
+def _values(record: Record, key: str) -> list[Any]:
+    """All that a key says of a run, metrics of the best evaluation first: `loss` is a metric and a group."""
     if key in _FACTS:
-        return _FACTS[key](record)
+        return [_FACTS[key](record)]
     told = (record.best, record.metrics, record.config, _options(record))
-    return next((values[key] for values in told if key in values), None)
+    return [values[key] for values in told if key in values]
 
 
 def _resolved(flag: str, key: str, known: Sequence[str]) -> str:
-    """The key that is meant; the end of one is enough where no other ends so.
+    """The key that is meant; of a knob its end is enough, where no other ends so.
 
     Raises:
         ConfigError: If there is none.
     """
     ends = [other for other in known if other.endswith(f".{key}")]
-    if key in known or len(ends) == 1:
-        return key if key in known else ends[0]
+    if key in _FACTS or (key in known and len(ends) != 1):
+        return key
+    if len(ends) == 1:
+        return ends[0]
     rule = f"may be any of {', '.join(ends)}" if ends else "no such thing is known of these runs"
     raise ConfigError([Misfit(flag, key, rule, nearest(key, known))])
 
@@ -273,7 +252,7 @@ def _condition(text: str, known: Sequence[str]) -> Callable[[Record], bool]:
     if key == "state" and sign in "!=" and not fnmatch.filter(STATES, wanted):
         raise ConfigError([Misfit("--where", text, f"state is one of {', '.join(STATES)}", nearest(wanted, STATES))])
     if sign in ("=", "!="):
-        return lambda record: _same(_value(record, key), wanted) == (sign == "=")
+        return lambda record: any(_same(v, wanted) for v in _values(record, key) or [None]) == (sign == "=")
     if (limit := _number(wanted)) is None:
         raise ConfigError([Misfit("--where", text, f"must have a number after {sign}, or a date for when")])
     compare = _ORDERS[sign]
@@ -283,7 +262,7 @@ def _condition(text: str, known: Sequence[str]) -> Callable[[Record], bool]:
 def _same(value: Any, text: str) -> bool:
     if _is_number(value):
         return value == _number(text)
-    return fnmatch.fnmatchcase(_said(value), text) or _said(value).replace(" ", "") == text.replace(" ", "")
+    return fnmatch.fnmatchcase(said(value), text) or said(value).replace(" ", "") == text.replace(" ", "")
 
 
 def _is_number(value: Any) -> bool:
@@ -311,7 +290,7 @@ def _sort(records: list[Record], key: str, reverse: bool) -> None:
             return (reverse, record.monitor, record.cost, "")
         if _is_number(value):
             return (reverse, "", -value if key == "when" else value, "")
-        return (reverse, "~", 0.0, _said(value))
+        return (reverse, "~", 0.0, said(value))
 
     records.sort(key=rank, reverse=reverse)
 
@@ -335,17 +314,19 @@ def _in_lines(records: Sequence[Record], apart: bool, several: bool) -> list[Lin
 def _tell_runs(lines: list[Line], options: argparse.Namespace, console: Console) -> None:
     limit = options.limit if options.limit is not None else _SCREEN * console.is_terminal
     shown = lines[: limit or None]
-    width = _width()
-    keys = [key for key in _telling([line.jobs[0] for line in shown if not line.sweep]) if key not in options.show]
+    width = room()
+    keys = [key for key in _columns([line.jobs[0] for line in shown if not line.sweep]) if key not in options.show]
     titles = _titles([*options.show, *keys])
     asked = [_column(titles[key], key, shown) for key in options.show]
-    columns, left = _fitted([*_facts(shown), *asked], {key: _column(titles[key], key, shown) for key in keys}, width)
+    more = {key: _column(titles[key], key, shown) for key in keys}
+    columns, left = fitted([*_facts(shown), *asked], more, width, _SPARE)
     styles = ["" if line.sweep else _STYLES.get(line.jobs[0].state, "") for line in shown]
-    _print(console, columns, styles, width)
+    tell(console, columns, width, styles)
     if len(lines) > len(shown):
         _note(console, f"{len(lines) - len(shown)} more; --limit 0 shows all {len(lines)}")
     if left:
-        _note(console, f"no room for {', '.join(left[:4])}{' and others' * (len(left) > 4)}; --show KEY makes some")
+        note = f"also differ: {', '.join(left)}"
+        _note(console, note if len(note) <= width else note[: width - 2] + "..")
 
 
 def _facts(lines: Sequence[Line]) -> list[Column]:
@@ -382,21 +363,7 @@ def _progress(record: Record) -> str:
 def _judged(record: Record, named: bool) -> str:
     if record.judged is None:
         return ""
-    return (f"{record.monitor} " if named else "") + _measured(record.judged)
-
-
-def _measured(value: float) -> str:
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
-
-
-def _said(value: Any) -> str:
-    """A value as YAML would have it, on one line."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if text.isprintable() else printable(text)
+    return (f"{record.monitor} " if named else "") + measured(record.judged)
 
 
 def _telling(records: Sequence[Record]) -> list[str]:
@@ -407,6 +374,13 @@ def _telling(records: Sequence[Record]) -> list[str]:
     return groups + [key for key in differing(records) if key.removesuffix(".name") not in groups]
 
 
+def _columns(records: Sequence[Record]) -> list[str]:
+    """The same without knobs that only some have since their groups' options differ."""
+    telling = _telling(records)
+    partial = {k for k in telling if "." in k and not all(k in record.config for record in records)}
+    return [k for k in telling if k not in partial or k.partition(".")[0] not in telling]
+
+
 def _titles(keys: Sequence[str]) -> dict[str, str]:
     """Each key as short as it is still its own: `lr` for `optim.lr`, where no other ends so."""
     ends = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
@@ -415,56 +389,19 @@ def _titles(keys: Sequence[str]) -> dict[str, str]:
 
 def _column(title: str, key: str, lines: Sequence[Line]) -> Column:
     """What runs say of a key; a sweep, of whose jobs each may say something else, says nothing."""
-    values = [None if line.sweep else _value(line.jobs[0], key) for line in lines]
-    lacking = [
-        line.sweep or (v is None and key not in line.jobs[0].config) for line, v in zip(lines, values, strict=True)
-    ]
-    cells = ["" if lacks else _cut(_said(value)) for lacks, value in zip(lacking, values, strict=True)]
+    cells = ["" if line.sweep else _cell(line.jobs[0], key) for line in lines]
+    values = [_value(line.jobs[0], key) for line in lines]
     return Column(title, cells, all(value is None or _is_number(value) for value in values))
 
 
-def _cut(text: str, most: int = _WIDEST) -> str:
-    """Text whose end, which tells most of paths and names, is kept."""
-    return text if cell_len(text) <= most else ".." + text[len(text) - most + 2 :]
-
-
-def _fitted(always: list[Column], more: dict[str, Column], width: int) -> tuple[list[Column], list[str]]:
-    """The columns that there is room for, and the keys of those that there is none for."""
-    columns = [column for column in always if any(column.cells)]
-    for title in _SPARE:
-        if _across(columns) > width:
-            columns = [column for column in columns if column.title != title]
-    over = _across(columns) - width
-    if over > 0:
-        most = max(columns[0].width - over, _LEAST)
-        columns[0] = Column(columns[0].title, [_cut(cell, most) for cell in columns[0].cells])
-    left = []
-    for key, column in more.items():
-        if _across([*columns, column]) <= width:
-            columns.append(column)
-        else:
-            left.append(key)
-    return columns, left
-
-
-def _across(columns: Sequence[Column]) -> int:
-    return sum(column.width + 2 for column in columns) - 2
-
-
-def _width() -> int:
-    return shutil.get_terminal_size((_WIDTH, 24)).columns
-
-
-def _print(console: Console, columns: Sequence[Column], styles: Sequence[str], width: int) -> None:
-    """Prints a table; `styles` are those of its rows."""
-    table = Text()
-    for row, style in enumerate(["dim", *styles], start=-1):
-        table.append("  ".join(column.at(row) for column in columns)[:width].rstrip() + "\n", style)
-    console.print(table, soft_wrap=True, end="")
+def _cell(record: Record, key: str) -> str:
+    """What a run says of a key; nothing where it has no such thing."""
+    value = _value(record, key)
+    return "" if value is None and key not in record.config else cut(said(value))
 
 
 def _note(console: Console, text: str) -> None:
-    console.print(Text(text, "dim"))
+    console.print(Text(text, "dim"), soft_wrap=True)
 
 
 def _as_json(records: Sequence[Record], show: Sequence[str]) -> str:
@@ -518,51 +455,43 @@ def _metric(asked: str | None, records: Sequence[Record], drawn: Sequence[dict[s
 
 
 def _tell_diff(records: Sequence[Record], shown: dict[str, Any], metric: str, console: Console) -> None:
-    width, letters, told = _width(), _LETTERS[: len(records)], _side_by_side(records)
+    width, letters, told = room(), _LETTERS[: len(records)], _side_by_side(records)
     lines = [Line(str(record.folder), [record], False) for record in records]
     name, *facts = _facts(lines)
-    columns, _ = _fitted([name, *facts], {}, width - 3)
-    _print(console, [Column("", [*letters]), *columns], [""] * len(records), width)
+    columns, _ = fitted([name, *facts], {}, width - 3, _SPARE)
+    tell(console, [Column("", [*letters]), *columns], width)
     console.print()
-    if told["knobs"]:
-        _print_sides(console, "knobs that differ", list(told["knobs"]), list(told["knobs"].values()), width)
+    knobs = {key: [_cell(record, key) for record in records] for key in told["knobs"]}
+    if knobs:
+        _print_sides(console, "knobs that differ", knobs, width)
     else:
         console.print("No knobs differ.\n")
-    names, rows = _metric_rows(records, told)
-    if names:
-        _print_sides(console, "metrics, the best of a row with *", names, rows, width)
+    if metrics := _metric_rows(records, told):
+        _print_sides(console, "metrics, the best of each with *", metrics, width)
     for line in _chart(shown, metric, width):
         console.print(Text(line), soft_wrap=True)
 
 
-def _print_sides(console: Console, title: str, names: list[str], rows: list[list[Any]], width: int) -> None:
+def _print_sides(console: Console, title: str, rows: dict[str, list[str]], width: int) -> None:
     """A table with a column for each run; where there is no room for all of them, the others come below."""
-    head = Column("", names)
-    cells = [
-        [value if isinstance(value, str) else "" for value in column] for column in zip(*_texts(rows), strict=True)
-    ]
-    columns = [Column(letter, column, True) for letter, column in zip(_LETTERS, cells, strict=False)]
+    head = Column("", [*rows])
+    columns = [Column(_LETTERS[i], [*cells], True) for i, cells in enumerate(zip(*rows.values(), strict=True))]
     console.print(Text(title, "bold"))
     while columns:
-        fitting = next((n for n in range(len(columns), 1, -1) if _across([head, *columns[:n]]) <= width), 1)
-        _print(console, [head, *columns[:fitting]], [""] * len(names), width)
+        fitting = next((n for n in range(len(columns), 1, -1) if across([head, *columns[:n]]) <= width), 1)
+        tell(console, [head, *columns[:fitting]], width)
         console.print()
         columns = columns[fitting:]
 
 
-def _texts(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
-    return [[_cut(_said(value)) for value in row] for row in rows]
-
-
-def _metric_rows(records: Sequence[Record], told: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Names and values of metrics: at the end, and at the best evaluation below where that tells more."""
-    names, rows = list[str](), list[list[str]]()
+def _metric_rows(records: Sequence[Record], told: dict[str, Any]) -> dict[str, list[str]]:
+    """Values of metrics at the end, and of those of the best evaluation where that is another one."""
+    rows: dict[str, list[str]] = {}
     for name, values in told["metrics"].items():
-        best = told["best"].get(name, values)
-        names, rows = [*names, name], [*rows, _marked(name, values, records)]
-        if best != values:
-            names, rows = [*names, "  at its best"], [*rows, _marked(name, best, records)]
-    return names, rows
+        rows[name] = _marked(name, values, records)
+        if (best := told["best"].get(name, values)) != values:
+            rows[f"{name}, best"] = _marked(name, best, records)
+    return rows
 
 
 def _marked(name: str, values: Sequence[float | None], records: Sequence[Record]) -> list[str]:
@@ -571,7 +500,7 @@ def _marked(name: str, values: Sequence[float | None], records: Sequence[Record]
     rising = known.pop() if len(known) == 1 else False if falls(name) else None
     numbers = [value for value in values if value is not None and not math.isnan(value)]
     best = None if rising is None or len(numbers) < 2 else max(numbers) if rising else min(numbers)
-    return ["" if v is None else _measured(v) + ("*" if v == best else " ") for v in values]
+    return ["" if v is None else measured(v) + ("*" if v == best else " ") for v in values]
 
 
 def _chart(shown: dict[str, tuple[list[int], list[float]]], metric: str, width: int) -> list[str]:
@@ -626,7 +555,7 @@ def _paint(records: Sequence[Record], shown: dict[str, Any], metric: str, file: 
     for letter, (steps, values) in shown.items():
         record = records[_LETTERS.index(letter)]
         axes.plot(
-            steps, values, marker="." if len(steps) < 50 else None, label=f"{letter}  {_cut(str(record.folder), 50)}"
+            steps, values, marker="." if len(steps) < 50 else None, label=f"{letter}  {cut(str(record.folder), 50)}"
         )
     axes.set(xlabel="optimizer step", ylabel=metric)
     axes.grid(alpha=0.3)

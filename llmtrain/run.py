@@ -374,10 +374,10 @@ def _find_source(place: Path, config: RunConfig, screen: Screen) -> Path | None:
 
 def _resume(source: Path, state: TrainState, config: RunConfig, data: Data) -> dict[str, Any]:
     record = checkpoint.restore(source, state)
-    if record["fingerprint"] != data.fingerprint:
+    if record["fingerprint"] != data.fingerprint and config.checkpoint.other_data == "refuse":
         raise UserError(
             f"{source}: was trained on other data, or the data or the tokenizer has changed since; "
-            f"a run goes on only with the same tokens"
+            f"checkpoint.other_data=allow goes on all the same"
         )
     return record
 

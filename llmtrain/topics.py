@@ -144,7 +144,7 @@ def _knobs(prefix: str, schema: Mapping[str, Any], doc: str) -> dict[str, Knob]:
 def _knob(key: str, annotation: Any, text: str) -> Knob:
     """Splits `Meaning. Raise: this. Lower: that.` into its parts."""
     text = " ".join(text.split())
-    raised, lowered = r"Raise: (?P<raised>.*?(?<!al)\.)", r"(?:\s*Lower: (?P<lowered>.*?(?<!al)\.))?"
+    raised, lowered = r"Raise: (?P<raised>.*?(?<! al)\.)", r"(?:\s*Lower: (?P<lowered>.*?(?<! al)\.))?"
     pattern = rf"^(?P<meaning>.*?){raised}{lowered}(?=\s+[A-Z0-9n]|$)(?P<rest>.*)$"
     match = re.match(pattern, text)
     if match is None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from llmtrain.types import Result
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -73,6 +77,35 @@ def test_quality_is_shown_beside_what_scikit_learn_reaches_on_the_same_samples(t
     assert reached == fitted or verdict == ("better" if reached > fitted else "worse")
 
 
+def test_a_run_without_an_end_is_told_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import quality
+
+    def end(config: Any, origin: Any) -> Result:
+        """The first job's second run diverges, a signal stops the last."""
+        names = {"tabular": "finished" if config.train.seed == 0 else "diverged", "ridge": "stopped"}
+        status = names.get(config.run.name, "finished")
+        return Result(tmp_path, status, 7, {"val_r2": 0.5}, signal=15 if status == "stopped" else None)
+
+    jobs = {
+        name: quality.Job(f"model=linear data=diabetes loss=mse run.name={name}", "val_r2", lambda *_: {"zero": 0.0}, 2)
+        for name in ("tabular", "plain", "ridge", "never")
+    }
+    monkeypatch.setattr(quality, "train", end)
+    monkeypatch.setattr(quality, "JOBS", jobs)
+    monkeypatch.setattr(sys, "argv", ["quality.py", f"run.cache={tmp_path}"])
+    quality.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    told = {row[0]: (row[3], row[-1]) for row in rows if row and row[0] in jobs}
+    assert told == {
+        "tabular": ("diverged at step 7, seed 1", ""),
+        "plain": ("0.500 (0.500 to 0.500)", "better"),
+        "ridge": ("stopped at step 7, seed 0", ""),
+    }
+
+
 def test_pairs_of_tokens_are_counted_as_witten_and_bell_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     from quality import _counted
@@ -82,3 +115,12 @@ def test_pairs_of_tokens_are_counted_as_witten_and_bell_do(monkeypatch: pytest.M
     tokens = np.arange(4)
     assert after(0, tokens) == pytest.approx([2 * 0.4 / 5, (2 + 2 * 0.3) / 5, (1 + 2 * 0.2) / 5, 2 * 0.1 / 5])
     assert after(3, tokens) == pytest.approx(shares)  # nothing was ever seen after it
+
+
+def test_listing_runs_is_timed(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(FOLDER / "runs.py"), "--runs", "12", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^llmtrain runs.*, 12 runs: [\d.]+ .* s, CPU [\d.]+ ", done.stdout, re.M)) == 4
+    assert list(tmp_path.iterdir()) == []

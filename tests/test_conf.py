@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from made import byte
+from needs import needs
 from samples import write_samples
 
 from llmtrain.build import GROUPS, SCHEDULES, parts
@@ -28,48 +29,6 @@ ELSEWHERE = {("model", "resnet18"), ("model", "hf"), ("tokenizer", "model"), *NO
 """Options that need larger images, or a folder: tests/test_convolutional.py, tests/test_pretrained.py; or a package."""
 
 
-NEEDS = {
-    "data=text": ["data.path=text.txt"],
-    "tokenizer=file": ["tokenizer.path=tokenizer.json"],
-    "data=digits": ["model=mlp"],
-    "data=diabetes": ["model=linear"],
-    "data=mnist5k": ["model=mlp"],
-    "data=breast_cancer": ["model=mlp"],
-    "data=wine": ["model=mlp"],
-    "data=iris": ["model=mlp"],
-    "data=table": ["model=mlp", "data.path=rows.csv", "data.label_column=y"],
-    "data=npz": ["model=mlp", "data.path=arrays.npz"],
-    "data=labelled_text": ["model=textcnn", "data.path=texts.jsonl"],
-    "data=hf": ["data.path=saved"],
-    "data=tang": ["data.path=poems"],
-    "data=images": ["model=mlp", "data.path=images", "data.size=8"],
-    **{
-        f"augment={name}": ["model=mlp", "data=digits"]
-        for name in ("image", "light", "heavy", "trivialaugment", "randaugment", "mixup", "cutmix")
-    },
-    "augment=table": ["model=linear", "data=diabetes"],
-    "task=classification": ["model=mlp", "data=digits"],
-    "task=regression": ["model=linear", "data=diabetes"],
-    "task=probabilistic_regression": ["model=linear", "data=diabetes"],
-    "task=counts": ["model=linear", "data=diabetes"],
-    "task=multilabel": ["model=mlp", "data=digits"],
-    **{
-        f"loss={name}": ["model=linear", "data=diabetes"]
-        for name in ("bce", "huber", "log_cosh", "mae", "mse", "quantile")
-    },
-    **{
-        f"loss={name}": ["model=linear", "data=diabetes", "task=probabilistic_regression"]
-        for name in ("gaussian_nll", "laplace_nll")
-    },
-    "loss=poisson_nll": ["model=linear", "data=diabetes", "task=counts"],
-    "loss=sigmoid_focal": ["model=mlp", "data=digits", "task=multilabel"],
-    "init=mup": ["model.tied_embeddings=false"],
-    "model=textcnn": ["data=stdlib_modules"],
-    "model=hf": ["model.path=folder"],
-    "tokenizer=model": ["model=hf", "model.path=folder"],
-    **{f"model={name}": ["data=digits"] for name in ("cnn", "cnn_cifar", "linear", "mlp")},
-}
-"""What an option cannot do without: data of its kind, or a file."""
 
 
 def yaml_of(path: str) -> dict[str, Any]:
@@ -107,7 +66,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     prepare(None)
 
     def compose(*overrides: str) -> Composed:
-        more = [need for choice in overrides for need in NEEDS.get(choice, [])]
+        more = [need for choice in overrides for need in needs(choice, ".")]
         [job] = compose_jobs("config", [*overrides, *more], multirun=False)
         return job
 
@@ -141,7 +100,7 @@ def test_every_part_has_an_option(group: str):
 
 def test_every_folder_of_options_is_a_group_and_every_group_has_a_default():
     folders = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    assert folders == {*FOLDERS, "experiment", "sample"}
+    assert folders == {*FOLDERS, "experiment", "sample", "hydra"}
     defaults = {
         k: v for entry in yaml_of("config.yaml")["defaults"] if isinstance(entry, dict) for k, v in entry.items()
     }

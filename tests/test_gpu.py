@@ -1,12 +1,14 @@
 """What can only be seen on a CUDA GPU: number formats, no waiting, compiled kernels, exact resumption."""
 
 import dataclasses
+import json
 import math
 import os
 from functools import cache, partial
 
 import pytest
 import torch
+from runs import tiny
 from toy import make_job, make_state, make_train, make_windows, preset
 
 from llmtrain import checkpoint, hardware, loop, precision
@@ -142,6 +144,26 @@ def test_memory_is_measured():
     numbers = sum(p.numel() for p in state.model.parameters())
     for _, line in job.watcher.lines:  # weights and two moments, four bytes each, at the least
         assert 12 * numbers < line["memory_bytes"] <= torch.cuda.max_memory_allocated()
+
+
+def test_the_largest_micro_batch_is_found_where_the_allocator_refuses_a_larger_one(call, tmp_path):
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    share = (torch.cuda.memory_reserved() + 1.2e9) / total  # 512 samples need several times as much
+    sized = ("model=gpt_nano", "train.device=cuda", "train.threads=null", "train.batch_size=512")
+    words = tiny(tmp_path, *sized, "model.layers=4", "model.width=128", "model.heads=4", "model.context=128")[1:]
+    try:
+        said = call("find", "batch", *words, "--json", f"--share={share}")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (said.code, said.err) == (0, "")
+    found = json.loads(said.out)
+    outcomes = {one["size"]: one["outcome"] for one in found["tries"]}
+    largest = found["largest"]["size"]
+    assert set(outcomes.values()) == {"fits", "out of memory"} and outcomes[2 * largest] == "out of memory"
+    assert found["override"] == f"train.accumulate={512 // largest}"
+    peaks = [one["peak"] for one in found["tries"] if one["outcome"] == "fits"]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1] <= found["limit"]["bytes"]
+    assert all(one["speed"] > 0 for one in found["tries"] if one["outcome"] == "fits")
 
 
 # No waiting

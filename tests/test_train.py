@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tokenizers
 import yaml
+from needs import needs
 from runs import lines, llmtrain, make_text, outcome, sha256, steps, tiny, train, write_text
 from safetensors.torch import load_file
 from samples import write_samples
@@ -36,49 +37,6 @@ SIZED = {
     "textcnn": {"width": 16},
 }
 """What makes a model small, by its part; others are small in themselves."""
-NEEDS = {
-    "tokenizer=file": ["tokenizer.path={place}/tokenizer.json"],
-    "tokenizer=bpe": ["tokenizer.vocab_size=300"],
-    "tokenizer=wordpiece": ["tokenizer.vocab_size=300"],
-    "tokenizer=unigram": ["tokenizer.vocab_size=400"],
-    "data=stdlib_modules": ["data.context=32"],
-    "data=digits": ["model=mlp"],
-    "data=diabetes": ["model=linear"],
-    "data=mnist5k": ["model=mlp"],
-    "data=breast_cancer": ["model=mlp"],
-    "data=wine": ["model=mlp"],
-    "data=iris": ["model=mlp"],
-    "data=table": ["model=mlp", "data.path={place}/rows.csv", "data.label_column=y"],
-    "data=npz": ["model=mlp", "data.path={place}/arrays.npz"],
-    "data=labelled_text": ["model=textcnn", "data.path={place}/texts.jsonl"],
-    "data=hf": ["data.path={place}/saved"],
-    "data=tang": ["data.path={place}/poems"],
-    "data=images": ["model=mlp", "data.path={place}/images", "data.size=8"],
-    "task=masked_lm": ["model.causal=false"],
-    **{
-        f"augment={name}": ["model=mlp", "data=digits"]
-        for name in ("image", "light", "heavy", "trivialaugment", "randaugment", "mixup", "cutmix")
-    },
-    "augment=table": ["model=linear", "data=diabetes"],
-    "task=classification": ["model=mlp", "data=digits"],
-    "task=regression": ["model=linear", "data=diabetes"],
-    "task=probabilistic_regression": ["model=linear", "data=diabetes"],
-    "task=multilabel": ["model=mlp", "data=digits"],
-    **{
-        f"loss={name}": ["model=linear", "data=diabetes"]
-        for name in ("bce", "huber", "log_cosh", "mae", "mse", "quantile")
-    },
-    **{
-        f"loss={name}": ["model=linear", "data=diabetes", "task=probabilistic_regression"]
-        for name in ("gaussian_nll", "laplace_nll")
-    },
-    "loss=sigmoid_focal": ["model=mlp", "data=digits", "task=multilabel"],
-    "schedule=one_cycle": ["schedule.rise=2"],  # the last step after the peak hardly moves a weight
-    "init=mup": ["model.tied_embeddings=false"],
-    "model=textcnn": ["data=stdlib_modules"],
-    **{f"model={name}": ["data=digits"] for name in ("cnn", "linear", "mlp", "cnn_cifar")},
-}
-"""What an option cannot do without."""
 ELSEWHERE = {
     "precision=tf32": "needs a GPU",
     "model=resnet18": "takes larger images than come with the library: tests/test_convolutional.py",
@@ -122,9 +80,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_option_takes_a_step(place: Path, option: str) -> None:
     group, _, name = option.partition("=")
     run = place / "runs" / f"{group}-{name}"
-    needs = [word.format(place=place) for word in NEEDS.get(option, [])]
+    given_too = needs(option, place) if option != "data=text" else []  # which is what all have
     more = ["train.steps=2", "checkpoint.every=1", "checkpoint.keep=9", f"run.name={run.name}"]
-    words = small(place, option, *needs, *more)
+    words = small(place, option, *given_too, *more)
     code, text = llmtrain(words, place)
     assert code == 0, text
     given = option_values(group, name) if group != "sample" else {}

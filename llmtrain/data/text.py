@@ -128,7 +128,7 @@ def mixture(
 
     Args:
         sources: Each source and its weight: stdlib, docs or kjv, or the path of your own text, as in data=text, with a
-            slash or a dot in it. Raise one: it is seen more often. Lower: less often.
+            slash or a dot in it. Raise: that one is seen more often. Lower: less often.
         context: Tokens in one sample. Raise: longer dependencies, more memory. Lower: faster steps. At most
             the model's context.
         split: How your own text is split. file: whole files are held out. tail: the end of each file is held out, and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 import sys
 import time
 from collections import Counter
@@ -38,7 +39,7 @@ class Seen:
         steps: Steps in all; None where nobody knows.
         loss: The training loss of late.
         value: The metric that it is judged by, at the last evaluation.
-        left: Seconds that it will still take.
+        left: Seconds that it will still take, its start not counted.
     """
 
     begun: float = field(default_factory=time.monotonic)
@@ -64,7 +65,7 @@ class Board:
         self._names = short_keys(key for job in plan.jobs for key in job.given)
         self._running: dict[int, tuple[Job, Seen]] = {}
         self._ended: list[Outcome] = []
-        self._begun, self._worked = time.monotonic(), 0
+        self._took: list[float] = []
         self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
         if terminal:
             self._live.start()
@@ -77,7 +78,8 @@ class Board:
     def ended(self, outcome: Outcome) -> None:
         """A job has ended, or had before."""
         new = self._running.pop(outcome.job.number, None) is not None
-        self._worked += new
+        if new and outcome.done:
+            self._took.append(outcome.seconds)
         self._ended.append(outcome)
         value = outcome.value(self.plan.monitor)
         told = outcome.error if outcome.state == "failed" else f"{self.plan.monitor} {value:.6g}"
@@ -88,6 +90,12 @@ class Board:
         else:
             self._say(line)
         self._draw()
+
+    def failed(self, outcome: Outcome) -> None:
+        """A job has failed, and is tried again."""
+        del self._running[outcome.job.number]
+        told = f"{self._count(outcome.job)} failed, tried again  {self.called(outcome.job)}  {printable(outcome.error)}"
+        self.console.print(Text(told, style="red"))
 
     def look(self) -> None:
         """Looks how far the jobs are."""
@@ -157,10 +165,17 @@ class Board:
         told = [f"{n} {state}" for state, n in counts.items()]
         told += [f"{len(self._running)} running"] * bool(self._running) + [f"{left} waiting"] * bool(left)
         head = f"{self.plan.folder.name}: {len(self.plan.jobs)} jobs, {', '.join(told) or 'none yet'}"
-        spent = time.monotonic() - self._begun
-        if self._worked and (left or self._running):
-            head += f"; about {duration(spent / self._worked * (left + len(self._running)))} left"
-        return head
+        return head if (seconds := self._left(left)) is None else f"{head}; about {duration(seconds)} left"
+
+    def _left(self, waiting: int) -> float | None:
+        """Seconds until all are done, by what jobs took that have ended, and will take that run; None: nobody knows."""
+        now, running = time.monotonic(), [seen for _, seen in self._running.values()]
+        known = self._took + [now - s.begun + s.left for s in running if s.left is not None]
+        if not known or not (waiting or running):
+            return None
+        usual = statistics.fmean(known)
+        left = [max(usual - now + s.begun, 0.0) if s.left is None else s.left for s in running]
+        return max((sum(left) + usual * waiting) / self._at_once, *left, 0.0)
 
 
 def _progress(seen: Seen) -> list[RenderableType]:
@@ -172,6 +187,9 @@ def _progress(seen: Seen) -> list[RenderableType]:
 
 def _look(place: Path, seen: Seen, monitor: str) -> None:
     """Reads how far a job is from the end of what it writes."""
+    if seen.steps is None:  # the run knows once it has read its data
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            seen.steps = json.loads((place / "run.json").read_text(encoding="utf-8")).get("steps")
     with contextlib.suppress(OSError), (place / "metrics.jsonl").open("rb") as file:
         file.seek(max(file.seek(0, 2) - _TAIL, 0))
         for line in file.read().splitlines():

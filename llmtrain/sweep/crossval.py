@@ -70,9 +70,9 @@ def cross_validate(found: Sequence[_Found], command: Sequence[str], trust: Seque
     folds = range(settings.folds)
     tests = folds if settings.nested else [None]
     jobs = [_on_fold(one, settings.folds, test, fold) for one in found for test in tests for fold in folds]
-    plan = make_plan(*_apart(jobs), command, "cv")
+    plan = make_plan(*_apart(jobs), command, "cv", trust)
     if dry:
-        show_plan(plan)
+        show_plan(plan, _apart(jobs)[1])
         return 0
     with folder.hold(plan.folder):
         plan.write()
@@ -82,7 +82,7 @@ def cross_validate(found: Sequence[_Found], command: Sequence[str], trust: Seque
         choices = [_choose(points_of(plan, some)) for some in per_test]
         whole = [choice for choice in choices if choice is not None]
         if len(whole) == len(choices) and settings.refit and not stop():
-            refits = _refits(plan, whole, found, settings)
+            refits = _refits(plan, whole, found, trust)
             refitted, stop = run_jobs(refits, found[0][1].sweep, trust)
             whole = [replace(choice, refit=o) for choice, o in zip(whole, refitted, strict=True)]
             outcomes += refitted
@@ -91,9 +91,10 @@ def cross_validate(found: Sequence[_Found], command: Sequence[str], trust: Seque
 
 
 def _on_fold(one: _Found, folds: int, test: int | None, fold: int | None) -> _Found:
-    """A point on a fold, beside a test; without a fold on all but the test."""
+    """A point on a fold, all of which judges it, beside a test; without a fold on all but the test."""
     composed, config = one
-    settings = replace(config.eval, folds=folds if fold is not None else None, fold=fold)
+    some = config.eval.batches if any(o.startswith("eval.batches=") for o in composed.overrides) else None
+    settings = replace(config.eval, folds=folds if fold is not None else None, fold=fold, batches=some)
     given = dict(composed.given)
     if fold is not None:
         given["eval.fold"] = str(fold)
@@ -102,7 +103,7 @@ def _on_fold(one: _Found, folds: int, test: int | None, fold: int | None) -> _Fo
     if test is not None:
         settings = replace(settings, test_fraction=1 / folds, test_fold=test)
         given["eval.test_fold"] = str(test)
-    return replace(composed, given=given), replace(config, eval=settings)
+    return replace(composed, given=given), replace(config, eval=settings, run=replace(config.run, name=None))
 
 
 def _test_of(outcome: Outcome) -> int | None:
@@ -120,6 +121,14 @@ def _choose(points: Sequence[Point]) -> Choice | None:
     return Choice([*points], best, max(near_best, key=_plainness))
 
 
+def _difference(point: Point, best: Point) -> tuple[float, float]:
+    """What a point's folds differ by from the best one's, which saw the same samples: mean, and its standard error."""
+    if math.isnan(point.mean):
+        return math.nan, math.nan
+    apart = [value - other for value, other in zip(point.values, best.values, strict=True)]
+    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
+
+
 def _plainness(point: Point) -> tuple[float, ...]:
     """How strongly a point is regularized, as far as that was varied."""
     values = []
@@ -131,25 +140,19 @@ def _plainness(point: Point) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _refits(plan: Plan, choices: Sequence[Choice], found: Sequence[_Found], settings: CrossValidation) -> Plan:
+def _refits(plan: Plan, choices: Sequence[Choice], found: Sequence[_Found], trust: Sequence[str]) -> Plan:
     """The jobs that train what was chosen on all but each test."""
-    jobs = []
+    jobs, settings = [], found[0][1].cv
     for choice in choices:
-        job = choice.taken(settings).outcomes[0].job
-        one = next(o for o in found if o[0].given.items() <= job.given.items())
-        test = job.given.get("eval.test_fold")
-        composed, config = _on_fold(one, settings.folds, None if test is None else int(test), None)
-        name = "refit" if test is None else f"refit-{test}"
-        jobs.append((composed, replace(config, run=replace(config.run, name=name), sweep=_named(config, plan))))
-    return make_plan(*_apart(jobs), plan.command, "cv")
+        outcome = choice.taken(settings).outcomes[0]
+        one = next(o for o in found if o[0].given.items() <= outcome.job.given.items())
+        composed, config = _on_fold(one, settings.folds, _test_of(outcome), None)
+        jobs.append((composed, replace(config, sweep=replace(config.sweep, name=plan.folder.name))))
+    return make_plan(*_apart(jobs), plan.command, "cv", trust)
 
 
 def _apart(jobs: Sequence[_Found]) -> tuple[list[Composed], list[RunConfig]]:
     return [composed for composed, _ in jobs], [config for _, config in jobs]
-
-
-def _named(config: RunConfig, plan: Plan) -> Any:
-    return replace(config.sweep, name=plan.folder.name)
 
 
 # -- telling --------------------------------------------------------------------------------------------------
@@ -180,6 +183,7 @@ def _told(choice: Choice, settings: CrossValidation) -> dict[str, Any]:
         "refit": None if refit is None else {"job": refit.job.folder.name, "metrics": refit.metrics},
         "points": [
             {"given": p.given, "mean": p.mean, "std": p.deviation, "standard_error": p.error, "values": p.values}
+            | dict(zip(("difference", "difference_error"), _difference(p, choice.best), strict=True))
             for p in choice.points
         ],
     }
@@ -202,15 +206,22 @@ def _show(
     for number, choice in enumerate(choices):
         beside = f" beside test {number + 1} of {len(choices)}" if settings.nested else ""
         names = short_keys(key for point in choice.points for key in point.given)
-        table = tabular(">", *names.values(), f">{plan.monitor}", ">standard error", "")
+        table = tabular(">", *names.values(), f">{plan.monitor}", ">error", ">to the best", "")
         for place, point in enumerate(choice.points, start=1):
             marks = [name for name, p in (("best", choice.best), ("one standard error", choice.plain)) if p is point]
             cells = [printable(point.given.get(key, "")) for key in names]
-            table.add_row(str(place), *cells, point.words(), f"{point.error:.2g}", ", ".join(marks))
+            beyond, error = _difference(point, choice.best)
+            apart = f"{beyond:+.2g} ± {error:.2g}" if point is not choice.best and not math.isnan(beyond) else ""
+            known = "" if math.isnan(point.error) else f"{point.error:.2g}"
+            table.add_row(str(place), *cells, point.words(), known, apart, ", ".join(marks))
         title = f"{plan.monitor} of {settings.folds} folds{beside}, mean ± standard deviation, best first"
-        page(console, title, table, "")
+        note = "error: the standard error of the mean. to the best: mean ± standard error of what the folds differ by."
+        page(console, title, table, note)
     tell_failures(outcomes, console)
-    console.print(_closing(plan, choices, settings, near(plan.folder)))
+    rows = _closing(plan, choices, settings, near(plan.folder))
+    if any(not outcome.done for outcome in outcomes):
+        rows.add_row("to go on", "give the same command again")
+    console.print(rows)
 
 
 def _closing(plan: Plan, choices: Sequence[Choice], settings: CrossValidation, place: Path) -> Any:

@@ -7,10 +7,11 @@ is started again finds what is finished, goes on with what is half done, and run
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from llmtrain.metrics import direction
 
 _NOT_THE_RUN = ("run", "resume", "log", "sweep", "cv")
 """Sections that change nothing of what a run comes to."""
-_NOT_THE_SWEEP = ("sweep.", "log.", "run.cache=")
-"""Overrides that do not make it another sweep."""
+_NOT_THE_SWEEP = ("sweep.", "log.", "run.cache=", "cv.choose=", "cv.refit=")
+"""Overrides that do not make it another sweep: more seeds, or another choice, go on with what there is."""
 _CHANCE = ("train.seed", "eval.fold", "eval.test_fold")
 _LONGEST = 60
 
@@ -89,7 +90,9 @@ class Plan:
         folder.write_json(self.folder / "plan.json", told)
 
 
-def make_plan(jobs: Sequence[Composed], configs: Sequence[RunConfig], command: Sequence[str], kind: str) -> Plan:
+def make_plan(
+    jobs: Sequence[Composed], configs: Sequence[RunConfig], command: Sequence[str], kind: str, trust: Sequence[str] = ()
+) -> Plan:
     """The plan of composed and checked jobs.
 
     Args:
@@ -97,6 +100,7 @@ def make_plan(jobs: Sequence[Composed], configs: Sequence[RunConfig], command: S
         configs: The same, checked.
         command: The words that it was all made from.
         kind: What it is for.
+        trust: Packages whose parts may run, whose code counts as ours does.
 
     Raises:
         ConfigError: If there can be no such folder, or two jobs would share one.
@@ -105,8 +109,9 @@ def make_plan(jobs: Sequence[Composed], configs: Sequence[RunConfig], command: S
     goal, name = first.eval, first.sweep.name or _name(jobs[0], command, kind)
     folder.check_name(name)
     place = folder.place(first.run.dir, name, kind)
+    code = code_version(tuple(trust))
     planned = [
-        _job(number, composed, config, place, name)
+        _job(number, composed, config, place, code)
         for number, (composed, config) in enumerate(zip(jobs, configs, strict=True))
     ]
     _check(planned)
@@ -121,16 +126,17 @@ def _name(job: Composed, command: Sequence[str], kind: str) -> str:
     return f"{_slug(f'{kind}-{keys}', 40)}-{_hash(words)[:6]}"
 
 
-def _job(number: int, composed: Composed, config: RunConfig, place: Path, sweep: str) -> Job:
-    values = config.plain()
-    known = _hash([{k: v for k, v in values.items() if k not in _NOT_THE_RUN}, code_version()])[:12]
+def _job(number: int, composed: Composed, config: RunConfig, place: Path, code: str) -> Job:
+    values, start = config.plain(), config.resume if config.resume not in ("never", "auto") else "auto"
+    known = _hash([{k: v for k, v in values.items() if k not in _NOT_THE_RUN}, start, code])[:12]
     own = config.run.name
     if own is None:
         names = short_keys(composed.given)
         own = _slug(",".join(f"{names[key]}={value}" for key, value in composed.given.items()), _LONGEST)
         own = f"{own}-{known[:8]}" if own else known[:8]
-    values["run"] |= {"name": f"{sweep}/{own}"}
-    values["resume"] = "auto"
+    values["run"] |= {"name": f"{place.name}/{own}"}
+    folder.check_name(values["run"]["name"])
+    values["resume"] = start
     return Job(number, known, composed.given, values, composed.choices, composed.overrides, place / own)
 
 
@@ -145,7 +151,7 @@ def _check(jobs: Sequence[Job]) -> None:
         seen[job.folder] = job.number
         held = status_of(job.folder).get("id", job.id)
         if held != job.id:
-            rule = f"{job.folder} holds a run of other values; leave run.name out, or choose another sweep.name"
+            rule = f"{job.folder} holds a run of other values or code; leave run.name out, or choose another sweep.name"
             misfits.append(Misfit("run.name", job.folder.name, rule))
     if misfits:
         raise ConfigError(misfits)
@@ -158,11 +164,6 @@ def status_of(place: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def with_values(job: Job, **changed: Any) -> Job:
-    """The job with other values in section `train`."""
-    return replace(job, values=job.values | {"train": job.values["train"] | changed})
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
@@ -178,18 +179,21 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 @cache
-def code_version() -> str:
-    """A hash of the package's own code: results of other code are other results."""
+def code_version(packages: tuple[str, ...] = ()) -> str:
+    """A hash of our own code and of some packages': results of other code are other results."""
     digest = hashlib.sha256()
-    root = Path(__file__).resolve().parents[1]
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    for package in ("llmtrain", *sorted(packages)):
+        found = importlib.util.find_spec(package)
+        origin = Path((found and found.origin) or "nowhere")
+        files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin] * origin.is_file()
+        for file in files:
+            digest.update(f"{package} {file.relative_to(origin.parent).as_posix()}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def _slug(text: str, most: int) -> str:
-    """Text as part of a file name."""
-    return re.sub(r"[^\w.+=,@-]+", "_", text)[:most].strip("._-,")
+    """Text as part of a file name, of so many bytes at most."""
+    return re.sub(r"[^\w.+=,@-]+", "_", text).encode()[:most].decode(errors="ignore").strip("._-,")
 
 
 def _hash(value: Any) -> str:

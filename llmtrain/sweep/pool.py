@@ -6,12 +6,13 @@ import json
 import math
 import multiprocessing
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Protocol, cast
 
+from llmtrain import folder
 from llmtrain.config import Sweep
 from llmtrain.stop import Stop
 from llmtrain.sweep.plan import Job, status_of
@@ -30,7 +31,7 @@ class Outcome:
         state: `finished`, `diverged`, `stopped`, `failed` or `waiting`, which it still is.
         metrics: The last of each metric.
         error: Why it failed.
-        seconds: What it took, from the first start to the end; 0 where that is not known.
+        seconds: What it took, from its last start to the end; 0 where that is not known.
     """
 
     job: Job
@@ -59,6 +60,10 @@ class Board(Protocol):
 
     def ended(self, outcome: Outcome) -> None:
         """A job has ended, or had before."""
+        ...
+
+    def failed(self, outcome: Outcome) -> None:
+        """A job has failed, and is tried again."""
         ...
 
     def look(self) -> None:
@@ -100,28 +105,25 @@ def carry_out(jobs: Sequence[Job], settings: Sweep, board: Board, trust: Sequenc
     for outcome in outcomes.values():
         board.ended(outcome)
     waiting = deque(job for job in jobs if job.number not in outcomes)
-    if waiting:
-        pool = _Pool(slots(settings.jobs), trust)
-        tries = dict.fromkeys((job.number for job in waiting), settings.retries)
-        halt = False
-        while pool.running or (waiting and not halt):
-            while waiting and pool.free and not (halt := halt or stop()):
-                job = waiting.popleft()
-                board.started(job)
-                pool.start(job)
-            if stop() or halt:
-                halt = True
-                pool.terminate()
-            for job in pool.ended():
-                outcome = outcome_of(job)
-                if outcome.state == "failed" and tries[job.number] and not halt:
-                    tries[job.number] -= 1
-                    waiting.append(job)
-                    continue
-                outcomes[job.number] = outcome
-                board.ended(outcome)
-                halt = halt or (outcome.state == "failed" and settings.on_failure == "stop")
-            board.look()
+    pool, failures, halt = _Pool(slots(settings.jobs), trust), Counter[int](), False
+    while pool.running or (waiting and not halt):
+        halt = halt or stop()
+        while waiting and pool.free and not halt:
+            board.started(waiting[0])
+            pool.start(waiting.popleft())
+        if halt:
+            pool.terminate()
+        for outcome in map(outcome_of, pool.ended()):
+            job, failed = outcome.job, outcome.state == "failed"
+            failures[job.number] += failed
+            if failed and failures[job.number] <= settings.retries and not halt:
+                board.failed(outcome)
+                waiting.append(job)
+                continue
+            outcomes[job.number] = outcome
+            board.ended(outcome)
+            halt = halt or (failed and settings.on_failure == "stop")
+        board.look()
     return [outcomes.get(job.number, Outcome(job, "waiting")) for job in jobs]
 
 
@@ -131,7 +133,7 @@ class _Pool:
     def __init__(self, slots: Iterable[Slot], trust: Sequence[str]):
         self.free, self.running, self._trust = deque(slots), {}, trust
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["llmtrain.sweep.worker"])
+        self._context.set_forkserver_preload(["llmtrain.sweep.warm"])
 
     running: dict[int, tuple[Any, Job, Slot]]
 
@@ -148,6 +150,10 @@ class _Pool:
         for sentinel in wait(list(self.running), timeout=_LOOK) if self.running else ():
             process, job, slot = self.running.pop(cast(int, sentinel))
             process.join()
+            if status_of(job.folder).get("id") != job.id:  # it did not come that far
+                told = f"could not begin: its process ended with {process.exitcode}"
+                job.folder.mkdir(parents=True, exist_ok=True)
+                folder.write_json(job.folder / "status.json", {"id": job.id, "state": "failed", "error": told})
             self.free.append(slot)
             found.append(job)
         return found

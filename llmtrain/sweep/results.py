@@ -40,13 +40,18 @@ class Point:
 
     @property
     def values(self) -> list[float]:
-        """The metric of each job that has one."""
-        return [v for o in self.outcomes if not math.isnan(v := o.value(self.metric))]
+        """The metric of each job that has one; of folds, that of each, a mean over its seeds."""
+        folds: dict[str, list[float]] = {}
+        for number, outcome in enumerate(self.outcomes):
+            folds.setdefault(outcome.job.given.get("eval.fold", f"job {number}"), []).append(outcome.value(self.metric))
+        means = map(statistics.fmean, folds.values())
+        return [mean for mean in means if not math.isnan(mean)]
 
     @property
     def mean(self) -> float:
         """The mean over the jobs; NaN unless all of them have one."""
-        return statistics.fmean(self.values) if len(self.values) == len(self.outcomes) else math.nan
+        missing = any(math.isnan(outcome.value(self.metric)) for outcome in self.outcomes)
+        return math.nan if missing else statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float:
@@ -126,7 +131,8 @@ def write_best(plan: Plan, best: Point, mend: Callable[[dict[str, Any]], dict[st
         mend: Changes the config of one of its jobs into one that is to be trained again.
     """
     job = best.outcomes[0].job
-    values = mend(job.values) | {"run": job.values["run"] | {"name": None}, "resume": "never"}
+    start = job.values["resume"] if job.values["resume"] != "auto" else "never"
+    values = mend(job.values) | {"run": job.values["run"] | {"name": None}, "resume": start}
     head = (
         f"# {plan.monitor} {best.words()}: the best of {len(plan.jobs)} jobs. Train it again, changed or not:\n"
         f"#   llmtrain train --config-dir {plan.folder} --config-name best\n"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from rich.console import Console
+from rich.text import Text
 
 from llmtrain import folder
 from llmtrain.compose import Composed
@@ -14,9 +15,11 @@ from llmtrain.display import page, printed, tabular
 from llmtrain.report import printable
 from llmtrain.stop import Stop
 from llmtrain.sweep.board import Board
+from llmtrain.sweep.estimate import expected
 from llmtrain.sweep.plan import Plan, make_plan, short_keys
 from llmtrain.sweep.pool import Outcome, carry_out, outcome_of, slots
 from llmtrain.sweep.results import conclude
+from llmtrain.words import duration
 
 
 def sweep(
@@ -34,9 +37,9 @@ def sweep(
     Raises:
         UserError: If the sweep's folder cannot be used.
     """
-    plan = make_plan(jobs, configs, command, "sweep")
+    plan = make_plan(jobs, configs, command, "sweep", trust)
     if dry:
-        show_plan(plan)
+        show_plan(plan, configs)
         return 0
     with folder.hold(plan.folder):
         plan.write()
@@ -59,15 +62,26 @@ def exit_code(outcomes: Sequence[Outcome], stop: Stop) -> int:
     return 0 if all(outcome.state == "finished" for outcome in outcomes) else 1
 
 
-def show_plan(plan: Plan) -> None:
-    """Shows the jobs, and what is done of them already."""
-    printed(lambda console: _show(plan, console))
+def show_plan(plan: Plan, configs: Sequence[RunConfig]) -> None:
+    """Shows the jobs, what is done of them already, and how long the others will take."""
+    places = slots(configs[0].sweep.jobs)
+    seconds = expected(plan, configs, places)
+    printed(lambda console: _show(plan, seconds, len(places), console))
 
 
-def _show(plan: Plan, console: Console) -> None:
+def _show(plan: Plan, seconds: Sequence[float | None], at_once: int, console: Console) -> None:
     names = short_keys(key for job in plan.jobs for key in job.given)
-    table = tabular(">", *names.values(), "state", "folder")
-    for job in plan.jobs:
+    table, left = tabular(">", *names.values(), "state", ">time", "folder"), list[float | None]()
+    for job, takes in zip(plan.jobs, seconds, strict=True):
+        outcome = outcome_of(job)
+        left += [] if outcome.done else [takes]
+        told = duration(outcome.seconds) if outcome.done else "" if takes is None else f"~{duration(takes)}"
         cells = [printable(job.given.get(key, "")) for key in names]
-        table.add_row(str(job.number + 1), *cells, outcome_of(job).state, job.folder.name)
-    page(console, f"{len(plan.jobs)} jobs in {plan.folder}; every config is right, nothing was started", table, "")
+        table.add_row(str(job.number + 1), *cells, outcome.state, told, job.folder.name)
+    known = [takes for takes in left if takes is not None]
+    number = f"{len(plan.jobs)} job{'s' * (len(plan.jobs) > 1)}"
+    page(console, f"{number} in {plan.folder}; every config is right, nothing was started", table, "")
+    if left:
+        unknown = f", {len(left) - len(known)} that nobody can tell of aside" if len(known) < len(left) else ""
+        total = f"roughly {duration(sum(known) / min(at_once, len(known)))}{unknown}" if known else "nobody can tell"
+        console.print(Text(f"{len(left)} to run, {at_once} at a time: {total}"))

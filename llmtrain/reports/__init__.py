@@ -1,0 +1,1 @@
+"""`llmtrain report`: runs and sweeps as one page that opens anywhere."""
