@@ -225,7 +225,7 @@ def _axes(varied: Sequence[Override], config: DictConfig) -> tuple[list[list[lis
     seed = OmegaConf.select(config, "train.seed")
     pairs = [mend(key) for key in zipped if isinstance(key, str)] if isinstance(zipped, ListConfig) else []
     repeated = isinstance(seeds, int) and seeds > 1 and isinstance(seed, int)  # what is neither, the check will tell
-    misfits = [Misfit(key, ",".join(values[key]), _ONE_FOR_ALL) for key in values if key.startswith(_OF_ALL)]
+    misfits = [Misfit(_key(o), _value(o), _ONE_FOR_ALL) for o in varied if _key(o).startswith(_OF_ALL)]
     lengths = {key: len(values.get(key, [])) for key in pairs}
     for key in [key for key, length in lengths.items() if not length]:
         misfits.append(Misfit("sweep.zip", key, "has no list of values to go with the others", nearest(key, values)))
@@ -342,7 +342,7 @@ def _with_values(base: DictConfig, lines: Sequence[str]) -> DictConfig:
     config, overrides = copy.deepcopy(base), OverridesParser.create().parse_overrides([*lines])
     ConfigLoaderImpl._apply_overrides_to_config(overrides, config)
     config.hydra.overrides.task.extend(lines)
-    given = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
+    given = OverridesParser.create().parse_overrides(OmegaConf.to_container(config.hydra.overrides.task))
     config.hydra.job.override_dirname = get_overrides_dirname(given, **config.hydra.job.config.override_dirname)
     return config
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,26 +192,6 @@ def conclude(scene: Scene, result: Result, seconds: float) -> None:
         root = Path(scene.config.run.dir).expanduser()
         name = str(place.relative_to(root)) if place.is_relative_to(root) else place.name
         screen.say(f"Saved. To go on, give the same command with run.name={name} resume=auto")
-
-
-def compare(jobs: Sequence[tuple[list[str], Result]]) -> None:
-    """Shows the jobs of a grid side by side, best first: what differed, and the metric that they are judged by."""
-    shared = set.intersection(*(set(given) for given, _ in jobs)) if jobs else set()
-
-    def cost(result: Result) -> float:
-        value = result.judged
-        return math.inf if value is None or math.isnan(value) else -value if result.rising else value
-
-    ranked = sorted(jobs, key=lambda job: cost(job[1]))
-    rows = [
-        (
-            f"{math.nan if result.judged is None else result.judged:.4f}",
-            f"{' '.join(o for o in given if o not in shared)}  {result.folder}",
-        )
-        for given, result in ranked
-    ]
-    judged_by = ", ".join(dict.fromkeys(result.monitor for _, result in jobs)) or "no run"
-    Screen().table(f"{judged_by} of each run, best first", rows)
 
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:

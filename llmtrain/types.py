@@ -247,11 +247,6 @@ class Result:
     rising: bool = False
 
     @property
-    def judged(self) -> float | None:
-        """The last value of what runs are judged by; None where it was never measured."""
-        return self.metrics.get(self.monitor)
-
-    @property
     def exit_code(self) -> int:
         """The process's exit code: 0 finished, 1 diverged, 128 + the signal's number stopped."""
         return {"finished": 0, "diverged": 1}.get(self.status, 128 + (self.signal or 0))

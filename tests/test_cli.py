@@ -226,11 +226,14 @@ def test_a_grid_trains_each_of_its_jobs(call):
     assert said.code == 0, said.err
     [sweep] = Path("out").iterdir()
     jobs = {}
-    for number in range(4):
-        assert json.loads((sweep / str(number) / "result.json").read_text())["status"] == "finished"
-        came = (sweep / str(number) / "overrides.yaml").read_text()
-        jobs[number] = (re.search(r"optim: (\w+)", came)[1], re.search(r"train\.seed=(\d)", came)[1])
-    assert sorted(jobs.values()) == [("adam", "1"), ("adam", "2"), ("sgd", "1"), ("sgd", "2")]
+    for place in (path.parent for path in sweep.glob("*/result.json")):
+        assert json.loads((place / "result.json").read_text())["status"] == "finished"
+        came = (place / "overrides.yaml").read_text()
+        jobs[re.sub("-[0-9a-f]{8}$", "", place.name)] = (
+            re.search(r"optim: (\w+)", came)[1],
+            re.search(r"train\.seed=(\d)", came)[1],
+        )
+    assert jobs == {f"optim={o},seed={s}": (o, s) for o in ("adam", "sgd") for s in "12"}
     assert {path.name for path in said.cwd.iterdir()} == {"text.txt", "cache", "out"}
 
 
@@ -238,11 +241,14 @@ def test_grids_of_a_config_that_a_run_wrote_share_no_folder(call):
     Path("text.txt").write_text("abc\n" * 100)
     assert call("train", *TINY, "run.name=mine").code == 0
     for name in ("first", "second"):
-        sweep = f"hydra.sweep.dir=grids/{name}"
-        said = call("train", "--config-dir", "runs/mine", "run.name=null", "-m", "train.seed=1,2", sweep)
+        words = ("run.name=null", "-m", "train.seed=1,2", f"sweep.name={name}")
+        said = call("train", "--config-dir", "runs/mine", "--config-name", "config", *words)
         assert said.code == 0, said.err
-    found = {path.parent.relative_to("runs").as_posix() for path in Path("runs").rglob("result.json")}
-    assert found == {"mine", "grids/first/0", "grids/first/1", "grids/second/0", "grids/second/1"}
+    found = [path.parent.relative_to("runs").as_posix() for path in Path("runs").rglob("result.json")]
+    assert {name.rpartition("-")[0] or name for name in found} == {
+        "mine",
+        *(f"{sweep}/seed={seed}" for sweep in ("first", "second") for seed in (1, 2)),
+    }
 
 
 def test_a_grid_lies_where_its_runs_lie_also_at_home(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -251,7 +257,7 @@ def test_a_grid_lies_where_its_runs_lie_also_at_home(call, monkeypatch: pytest.M
     said = call("train", *TINY, "-m", 'run.dir="~/out"')
     assert said.code == 0, said.err
     [sweep] = (tmp_path / "home" / "out").iterdir()
-    assert (sweep / "0" / "result.json").is_file()
+    assert len([*sweep.glob("*/result.json")]) == 1
     assert {path.name for path in said.cwd.iterdir()} == {"text.txt", "cache"}
 
 

@@ -414,3 +414,73 @@ def test_a_prompt_is_taken_as_it_is_typed(text):
     job = compose_jobs("config", [mend(f"sample.prompt={text}")], False)[0]
     assert job.misfits == []
     assert job.values["sample"]["prompt"] == text
+
+
+def points(jobs: list[Composed]) -> list[dict[str, str]]:
+    assert [job.misfits for job in jobs] == [[]] * len(jobs)
+    return [job.given for job in jobs]
+
+
+def test_values_that_are_zipped_go_together():
+    words = ("train.seed=1,2", "optim.lr=1e-3,1e-2", "optim=adam,sgd", "train.batch_size=4,8")
+    found = points(grid(*words, "sweep.zip=[train.batch_size,optimizer.lr]"))
+    assert len(found) == 8
+    assert {(p["optim.lr"], p["train.batch_size"]) for p in found} == {("0.001", "4"), ("0.01", "8")}
+    assert [p["train.seed"] for p in found] == ["1"] * 4 + ["2"] * 4
+    jobs = grid(*(mend(f"{group}=linear,cosine") for group in ("momentum_schedule", "schedule")), "optim=sgd",
+                "sweep.zip=[momentum_schedule,schedule]")  # fmt: skip
+    both = [(j.values["momentum_schedule"]["name"], j.values["schedule"]["name"]) for j in jobs]
+    assert both == [("linear", "linear"), ("cosine", "cosine")]
+    assert points(jobs)[0] == {"schedule@momentum_schedule": "linear", "schedule": "linear"}
+
+
+def test_seeds_repeat_each_point():
+    jobs = grid("optim.lr=1e-3,1e-2", "sweep.seeds=3", "train.seed=7")
+    assert [(p["optim.lr"], p["train.seed"]) for p in points(jobs)] == [
+        (lr, str(seed)) for lr in ("0.001", "0.01") for seed in (7, 8, 9)
+    ]
+    assert [job.values["train"]["seed"] for job in jobs] == [7, 8, 9] * 2
+    assert points(grid("sweep.seeds=2")) == [{"train.seed": "1337"}, {"train.seed": "1338"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong", "rule"),
+    [
+        (("optim.lr=1,2", "sweep.zip=[optim.lr,optim.eps]"), {"sweep.zip": "optim.eps"}, "has no list"),
+        (("optim.lr=1,2", "train.seed=1,2,3", "sweep.zip=[optim.lr,train.seed]"), None, "lr has 2, train.seed has 3"),
+        (("train.seed=1,2", "sweep.seeds=3"), {"sweep.seeds": 3}, "train.seed is swept too"),
+        (("run.dir=a,b",), {"run.dir": "a,b"}, "cannot be swept"),
+        (("sweep.seeds=1,2",), {"sweep.seeds": "1,2"}, "cannot be swept"),
+    ],
+)  # fmt: skip
+def test_grids_that_make_no_sense_are_told(words, wrong, rule):
+    [job] = grid(*words)
+    assert [misfit.rule for misfit in job.misfits if rule in misfit.rule]
+    assert wrong is None or told(job) == wrong
+
+
+def test_jobs_that_share_a_base_are_what_they_would_be_alone(folder: Path):
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nmodel:\n  width: 64\nparams:\n  lr_scale: {embedding: 0.5}\n"
+    )
+    words = (
+        "experiment=mine",
+        "train.epochs=2,null",
+        "+params.lr_scale.head=1,2",
+        "optim=sgd,adam",
+        "eval.metrics=[accuracy],null",
+    )
+    words += ("run.name=${hydra.job.override_dirname}", "train.batch_size=${model.heads}")
+    jobs = grid(*words, folder=folder)
+    assert len(jobs) == 16
+    for job in jobs:
+        alone = one(*job.overrides, folder=folder)
+        assert (job.values, job.choices, job.misfits) == (alone.values, alone.choices, alone.misfits)
+
+
+def test_what_is_wrong_in_one_job_of_a_grid_is_told_there():
+    jobs = grid("train.seed=range(40)", "optim.lr=1e-3,oops,'${nowhere}'")
+    assert len(jobs) == 120
+    assert [told(job) for job in jobs[:3]] == [{}, {}, {"optim.lr": "${nowhere}"}]
+    assert told(grid("optim.lr=1,'${oc.env:HOME}'")[1]) == {"optim.lr": "${oc.env:HOME}"}

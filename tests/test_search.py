@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from llmtrain.sweep.searching import Searching, check_together, read_settings
 from llmtrain.sweep.space import Space, point, read_spaces, size
 
 optuna = pytest.importorskip("optuna")
-from llmtrain.sweep.journal import _PICKLED, importances, open_study, quiet, sampler_for  # noqa: E402
+from llmtrain.sweep.journal import importances, open_study, quiet
 
 PARSER = OverridesParser.create()
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: float(f"{x:.4g}"))
@@ -109,7 +108,7 @@ def test_a_list_is_a_choice_among_its_values(values: list[Any]):
         ("k=float(range(1,4))", Space("k", "float", 1, 3, 1)),
         ("k=sort(3,1,2)", Space("k", "choice", choices=("1", "2", "3"))),
         ("k=shuffle(1,2,1)", Space("k", "choice", choices=("1", "2"))),
-        ("+m.x=choice('a b',null)", Space("+m.x", "choice", choices=("'a b'", "null"))),
+        ("+m.x='a b',null", Space("+m.x", "choice", choices=("'a b'", "null"))),
         ("schedule@batch_schedule=linear,none", Space("schedule@batch_schedule", "choice", choices=("linear", "none"))),
     ],
 )
@@ -269,6 +268,9 @@ class Seer:
     def ended(self, outcome: Outcome) -> None:
         self.told.append(outcome)
 
+    def failed(self, outcome: Outcome) -> None:
+        self.told.append(outcome)
+
     def look(self) -> None:
         pass
 
@@ -318,8 +320,8 @@ def bowl(given: dict[str, str]) -> list[float]:
 def test_tpe_finds_what_chance_does_not(tmp_path: Path):
     best: dict[str, list[float]] = {"tpe": [], "random": []}
     for sampler, found in best.items():
-        for seed in (0, 100, 200):
-            one = hunt(tmp_path / f"{sampler}{seed}", Stub(bowl), sampler=sampler, seed=seed, n_trials=50)
+        for seed in (0, 100):
+            one = hunt(tmp_path / f"{sampler}{seed}", Stub(bowl), sampler=sampler, seed=seed, n_trials=40)
             found.append(min(o.value("val_loss") for o in one.results()))
     assert statistics.fmean(best["tpe"]) < 0.3 * statistics.fmean(best["random"])
 
@@ -438,12 +440,12 @@ def test_a_trial_that_does_not_fit_is_told_and_stops_nothing(tmp_path: Path):
             raise ConfigError([Misfit("x", given["x"], "must be below 0")])
         return Job(number, given["x"], given, {"a": 1}, {}, [], tmp_path / given["x"])
 
-    runner = Stub(lambda given: [float(given["x"]) ** 2])
+    runner = Stub(lambda given: [(float(given["x"]) + 2) ** 2])
     found = hunt(tmp_path, runner, ["x=interval(-5,5)"], make, n_trials=40, seed=3)
     states = [o.state for o in found.results()]
     assert len(states) == 40 and {*states} == {"finished", "unfit"} and len(runner.started) == states.count("finished")
     assert len(found.plan.jobs) == states.count("finished")
-    assert states[20:].count("unfit") < states[:10].count("unfit") * 2  # and is learnt from
+    assert states[20:].count("unfit") <= 2 < states[:10].count("unfit")  # and is learnt from
     again = hunt(tmp_path, runner, ["x=interval(-5,5)"], make, n_trials=40, seed=3)
     assert [o.state for o in again.results()] == states
 
@@ -523,7 +525,7 @@ def test_knobs_that_matter_weigh_more(tmp_path: Path):
     found = hunt(tmp_path, Stub(lambda given: [float(given["x"]) ** 2 + 1e-3 * float(given["y"])]), n_trials=40)
     with quiet():
         weights = importances(found.study)
-    assert [*weights][0] == "x" and weights["x"] > 0.8 and sum(weights.values()) == pytest.approx(1)
+    assert next(iter(weights)) == "x" and weights["x"] > 0.8 and sum(weights.values()) == pytest.approx(1)
     assert importances(hunt(tmp_path / "few", Stub(bowl), n_trials=5).study) == {}
 
 
@@ -546,16 +548,14 @@ class Evil:
 def test_a_journal_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     hunt(tmp_path, Stub(bowl), sampler="cmaes", startup_trials=2, n_trials=12)
-    text = (tmp_path / "study.journal").read_text()
-    start = text.index('"cma:optimizer:0":"') + len('"cma:optimizer:0":"')
-    used = {m for m, _ in _PICKLED}
-    assert used and "os" not in used
-    lines = [json.loads(line) for line in text.splitlines()]
-    for line in lines:
-        if "cma:optimizer:0" in line.get("system_attr", {}):
-            line["system_attr"]["cma:optimizer:0"] = pickle.dumps(Evil()).hex()
-    assert start and lines
-    (tmp_path / "study.journal").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal = tmp_path / "study.journal"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    states = [attrs for line in lines for attrs in [line.get("system_attr", {})] if "cma:" in str(attrs)]
+    for attrs in states:
+        [key] = attrs
+        attrs[key] = pickle.dumps(Evil()).hex() if key.endswith(":0") else "" if "optimizer" in key else attrs[key]
+    assert states
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match="no state of CMA-ES"):
         hunt(tmp_path, Stub(bowl), sampler="cmaes", startup_trials=2, n_trials=20)
     assert not (tmp_path / "evil").exists()
@@ -612,14 +612,11 @@ def test_a_search_from_the_command_line(run_cli: Callable[..., subprocess.Comple
     assert means == sorted(means)
     best = yaml.safe_load((place / "best.yaml").read_text())
     assert float(best["optim"]["lr"]) == float(results["points"][0]["given"]["optim.lr"])
-    again = run_cli(*words, "hydra.sweeper.n_trials=4")
-    assert again.returncode == 0 and "started" not in again.stdout
-    assert json.loads((place / "results.json").read_text()) == results
 
 
 @pytest.mark.slow
 def test_a_search_outlives_a_kill(run_cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path):
-    words = [*OURS, *SMALL[:2], "train.steps=400", "eval.every=20", "checkpoint.every=20", "train.threads=1", LR,
+    words = [*OURS, *SMALL[:2], "train.steps=3000", "eval.every=500", "checkpoint.every=100", "train.threads=1", LR,
         "sweep.jobs=2", "sweep.name=s", "hydra.sweeper.n_trials=4", "hydra.sweeper.startup_trials=9"]  # fmt: skip
     place = tmp_path / "runs/s"
     process = subprocess.Popen([sys.executable, "-m", "llmtrain", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -283,10 +283,10 @@ def test_a_grid_makes_a_folder_for_each_job(place: Path) -> None:
     assert code == 0, text
     (sweep,) = (place / "grid").iterdir()
     assert sweep.name.startswith("sweep-")
-    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
-    assert [path.name for path in jobs] == ["0", "1", "2", "3"]
+    points = [(0.01, 1), (0.01, 2), (0.001, 1), (0.001, 2)]
+    jobs = [next(sweep.glob(f"lr={lr},seed={seed}-*")) for lr, seed in points]
     sums = set()
-    for path, (lr, seed) in zip(jobs, [(0.01, 1), (0.01, 2), (0.001, 1), (0.001, 2)], strict=True):
+    for path, (lr, seed) in zip(jobs, points, strict=True):
         config = yaml.safe_load((path / "config.yaml").read_text())
         assert (config["optim"]["lr"], config["train"]["seed"]) == (lr, seed)
         assert json.loads((path / "result.json").read_text())["status"] == "finished"

@@ -376,7 +376,7 @@ def split_tails(documents: Sequence[Document], share: float | Stretch) -> Sides:
             found.append((side, replace(document, start=start, end=end)))
             end = start
         for side, part in reversed(found):
-            if part.size > 0:
+            if part.size > 0 or side == "train":  # too little to learn from is told where it is known how little
                 getattr(sides, side).append(part)
     return sides
 

@@ -108,6 +108,7 @@ def _figure(height: int, **layout: Any) -> Any:
             "yaxis": axis,
             "hoverlabel": {"bgcolor": PAPER, "bordercolor": FAINT, "font": {"color": INK}, "namelength": -1},
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": INK}},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": FAINT, "activecolor": ACCENT},
             "showlegend": False,
         }
     ).update_layout(layout)

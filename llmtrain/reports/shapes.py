@@ -103,8 +103,7 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
         counts.append(counts[-1] + good)
     means = []
     for i, value in enumerate(values):
-        side = min(reach, i, len(values) - 1 - i)
-        low, high = i - side, i + side + 1
+        low, high = max(i - reach, 0), min(i + reach + 1, len(values))
         known = counts[high] - counts[low]
         means.append((sums[high] - sums[low]) / known if math.isfinite(value) else math.nan)
     return means

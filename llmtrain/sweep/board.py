@@ -82,7 +82,8 @@ class Board:
             self._took.append(outcome.seconds)
         self._ended.append(outcome)
         value = outcome.value(self.plan.monitor)
-        told = outcome.error if outcome.state == "failed" else f"{self.plan.monitor} {value:.6g}"
+        known = "" if math.isnan(value) else f"{self.plan.monitor} {value:.6g}"
+        told = outcome.error if outcome.state == "failed" else known
         more = duration(outcome.seconds) if new else "before"
         line = f"{self._count(outcome.job)} {outcome.state:<10} {self.called(outcome.job)}  {printable(told)}  ({more})"
         if outcome.state == "failed":  # at once, whoever looks on

@@ -148,7 +148,8 @@ def _refits(plan: Plan, choices: Sequence[Choice], found: Sequence[_Found], trus
         one = next(o for o in found if o[0].given.items() <= outcome.job.given.items())
         composed, config = _on_fold(one, settings.folds, _test_of(outcome), None)
         jobs.append((composed, replace(config, sweep=replace(config.sweep, name=plan.folder.name))))
-    return make_plan(*_apart(jobs), plan.command, "cv", trust)
+    refits = make_plan(*_apart(jobs), plan.command, "cv", trust)
+    return replace(refits, monitor=plan.monitor.replace("val_", "test_", 1))
 
 
 def _apart(jobs: Sequence[_Found]) -> tuple[list[Composed], list[RunConfig]]:

@@ -68,8 +68,10 @@ class SearchBoard(Board):
         counts = Counter(outcome.state for outcome in self._ended)
         told = [f"{n} {state}" for state, n in counts.items()] + [f"{len(self._running)} running"]
         of = f"of {self._total} " if self._total else ""
+        left = None if self._total is None else self._left(max(self._total - len(self._ended) - len(self._running), 0))
         best = f"; best {self.plan.monitor} {self._value:.6g} ({self._best})" if self._best else ""
-        return f"{self.plan.folder.name}: {len(self._ended)} {of}trials done, {', '.join(told)}{best}"
+        soon = f"; about {duration(left)} left" if left is not None else ""
+        return f"{self.plan.folder.name}: {len(self._ended)} {of}trials done, {', '.join(told)}{soon}{best}"
 
 
 def conclude_search(plan: Plan, outcomes: Sequence[Outcome], study: Study, aims: Sequence[tuple[str, str]]) -> None:

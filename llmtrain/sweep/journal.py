@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # an extra, imported only where it is used
     from optuna.study import Study
 
 _NAME = "search"
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError)
+"""What Optuna raises of a journal that is none, or that somebody has changed."""
 _PICKLED = {
     ("cmaes._cma", "CMA"),
     ("numpy", "dtype"),
@@ -70,8 +72,8 @@ def open_study(place: Path, settings: Searching, spaces: Sequence[Space], aims: 
             pruner=_pruner(settings),
             load_if_exists=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; move it away to begin anew") from None
+    except _BROKEN as error:
+        raise UserError(f"{path}: cannot be read: {error!r}; move it away to begin anew") from None
     before = study.user_attrs.get("search")
     if before is None:
         study.set_user_attr("search", told)
@@ -146,10 +148,18 @@ def _cmaes(startup: int, seed: int) -> BaseSampler:
             for trial in reversed(completed_trials):
                 kept = {k: v for k, v in trial.system_attrs.items() if k.startswith(self._attr_key_optimizer)}
                 if kept:
-                    return _Unpickler(io.BytesIO(bytes.fromhex(self._concat_optimizer_attrs(kept)))).load()
+                    return _state(self._concat_optimizer_attrs(kept))
             return None
 
     return Careful(n_startup_trials=max(startup, 1), seed=seed, warn_independent_sampling=False)
+
+
+def _state(text: str) -> Any:
+    """A state of CMA-ES from a pickle, as hexadecimal digits."""
+    try:
+        return _Unpickler(io.BytesIO(bytes.fromhex(text))).load()
+    except (ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"study.journal holds a broken state of CMA-ES: {error}; take another sampler") from None
 
 
 class _Unpickler(pickle.Unpickler):

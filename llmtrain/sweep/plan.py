@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,7 +55,7 @@ class Job:
     @property
     def point(self) -> dict[str, str]:
         """What was chosen for it, chance and folds aside: jobs of one point are compared by their mean."""
-        return {key: value for key, value in self.given.items() if key not in _CHANCE}
+        return point_of(self.given)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def make_plan(
     goal, name = first.eval, first.sweep.name or _name(jobs[0], command, kind)
     folder.check_name(name)
     place = folder.place(first.run.dir, name, kind)
-    code = code_version(tuple(trust))
+    code, there = code_version(tuple(trust)), {path.name[-8:]: path.name for path in place.glob("*")}
     planned = [
-        _job(number, composed, config, place, code)
+        _job(number, composed, config, place, code, there)
         for number, (composed, config) in enumerate(zip(jobs, configs, strict=True))
     ]
     _check(planned)
@@ -120,21 +120,22 @@ def make_plan(
 
 
 def _name(job: Composed, command: Sequence[str], kind: str) -> str:
-    """Told by the keys that vary, and by a hash of the command."""
+    """Told by the keys that vary, and by a hash of the command, whose words may come in any order."""
     words = sorted(word for word in command if not word.startswith(_NOT_THE_SWEEP))
-    keys = "-".join(short_keys(job.given).values())
+    keys = "-".join(short_keys(sorted(point_of(job.given))).values())
     return f"{_slug(f'{kind}-{keys}', 40)}-{_hash(words)[:6]}"
 
 
-def _job(number: int, composed: Composed, config: RunConfig, place: Path, code: str) -> Job:
+def _job(number: int, composed: Composed, config: RunConfig, place: Path, code: str, there: Mapping[str, str]) -> Job:
+    """A job; its folder is the one that ends in its hash, if there is one: what varies beside it changes its name."""
     values, start = config.plain(), config.resume if config.resume not in ("never", "auto") else "auto"
     known = _hash([{k: v for k, v in values.items() if k not in _NOT_THE_RUN}, start, code])[:12]
     own = config.run.name
     if own is None:
         names = short_keys(composed.given)
         own = _slug(",".join(f"{names[key]}={value}" for key, value in composed.given.items()), _LONGEST)
-        own = f"{own}-{known[:8]}" if own else known[:8]
-    values["run"] |= {"name": f"{place.name}/{own}"}
+        own = there.get(known[:8]) or (f"{own}-{known[:8]}" if own else known[:8])
+    values["run"] |= {"name": f"{place.name}/{own}", "dir": str(place.parent)}
     folder.check_name(values["run"]["name"])
     values["resume"] = start
     return Job(number, known, composed.given, values, composed.choices, composed.overrides, place / own)
@@ -155,6 +156,11 @@ def _check(jobs: Sequence[Job]) -> None:
             misfits.append(Misfit("run.name", job.folder.name, rule))
     if misfits:
         raise ConfigError(misfits)
+
+
+def point_of(given: Mapping[str, str]) -> dict[str, str]:
+    """What was chosen, chance and folds aside."""
+    return {key: value for key, value in given.items() if key not in _CHANCE}
 
 
 def status_of(place: Path) -> dict[str, Any]:

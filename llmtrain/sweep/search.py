@@ -42,8 +42,16 @@ Ready = Callable[[Sequence[Sequence[str]], bool], list[tuple[Composed, RunConfig
 says whether the parts are asked as well. Raises ConfigError with all that is wrong."""
 _NOT_THE_SEARCH = ("hydra.sweeper.n_trials=", "hydra.sweeper.timeout_minutes=")
 """Overrides that say how long to search, and leave it the same search."""
-_GONE_ON = ("finished", "pruned", "diverged", "unfit")
-"""States of trials that are over."""
+
+
+@dataclass(frozen=True)
+class Over(Outcome):
+    """What became of a trial that has not run to its end and never will: `pruned`, or `unfit` to run at all."""
+
+    @property
+    def done(self) -> bool:
+        """There is nothing left to do."""
+        return True
 
 
 def search(draw: Draw, ready: Ready, command: Sequence[str], trust: Sequence[str], dry: bool) -> int:
@@ -62,7 +70,7 @@ def search(draw: Draw, ready: Ready, command: Sequence[str], trust: Sequence[str
     """
     settings, spaces, (composed, config) = _checked(draw, ready)
     words = [word for word in command if not word.startswith(_NOT_THE_SEARCH)]
-    plan = make_plan([composed], [config], words, "search")
+    plan = make_plan([composed], [config], words, "search", trust)
     aims = aims_of(settings, plan)
     monitor, direction = aims[0]
     plan = replace(plan, command=[*command], monitor=monitor, rising=direction == "maximize")
@@ -74,7 +82,7 @@ def search(draw: Draw, ready: Ready, command: Sequence[str], trust: Sequence[str
         study = open_study(plan.folder, settings, spaces, aims)
         runner = _Processes(config, trust, monitor)
         with stop.listening(), closing(SearchBoard(plan, at_once, _total(settings, spaces))) as board:
-            make = lambda number, given: _job(number, given, spaces, ready, words)
+            make = lambda number, given: _job(number, given, spaces, ready, words, trust)
             empty = replace(plan, jobs=[])
             hunt = Search(
                 study, spaces, settings, replace(config.sweep, jobs=at_once), empty, aims, make, runner, board, stop
@@ -88,8 +96,8 @@ def _exit_code(hunt: Search, stop: Stop) -> int:
     """128 + a signal's number, 1 where a trial failed or none has finished, else 0."""
     if stop.signal is not None:
         return 128 + stop.signal
-    states = {outcome.state for outcome in hunt.outcomes.values()}
-    return 0 if "finished" in states and states <= {*_GONE_ON} else 1
+    outcomes = hunt.outcomes.values()
+    return 0 if any(o.state == "finished" for o in outcomes) and all(o.done for o in outcomes) else 1
 
 
 def _total(settings: Searching, spaces: Sequence[Space]) -> int | None:
@@ -133,14 +141,21 @@ def _lines(values: Mapping[Space, str]) -> list[str]:
     return [f"{space.key}={text}" for space, text in values.items()]
 
 
-def _job(number: int, given: dict[str, str], spaces: Sequence[Space], ready: Ready, words: Sequence[str]) -> Job:
+def _job(
+    number: int,
+    given: dict[str, str],
+    spaces: Sequence[Space],
+    ready: Ready,
+    words: Sequence[str],
+    trust: Sequence[str],
+) -> Job:
     """A trial's job.
 
     Raises:
         ConfigError: If its values do not fit.
     """
     [(composed, config)] = ready([_lines({space: given[space.name] for space in spaces})], True)
-    plan = make_plan([replace(composed, given=given)], [config], words, "search")
+    plan = make_plan([replace(composed, given=given)], [config], words, "search", trust)
     return replace(plan.jobs[0], number=number)
 
 
@@ -191,6 +206,10 @@ class Watcher(Protocol):
 
     def ended(self, outcome: Outcome) -> None:
         """A trial has ended, or had before."""
+        ...
+
+    def failed(self, outcome: Outcome) -> None:
+        """A job has failed, and is tried again."""
         ...
 
     def look(self) -> None:
@@ -299,7 +318,7 @@ class Search:
         """Keeps and shows what became of a job."""
         if outcome.state != "unfit":
             self._add(outcome.job)
-        if (known := self.outcomes.get(outcome.job.id)) is None or known.state not in _GONE_ON:
+        if (known := self.outcomes.get(outcome.job.id)) is None or not known.done:
             self.outcomes[outcome.job.id] = outcome
         self._board.ended(outcome)
 
@@ -325,12 +344,12 @@ class Search:
             job = self._make(trial.number, given)
         except ConfigError as error:
             job = Job(trial.number, f"trial-{trial.number}", given, {}, {}, [], self.plan.folder / "unfit")
-            self._tell([trial], Outcome(job, "unfit", error=str(error)))
+            self._tell([trial], Over(job, "unfit", error=str(error)))
             return
         if (same := self._running.get(job.id)) is not None:
             same.trials.append(trial)
             return
-        if (known := self.outcomes.get(job.id)) is not None and known.state in _GONE_ON:
+        if (known := self.outcomes.get(job.id)) is not None and known.done:
             self._tell([trial], known)
             return
         reported = set(before.intermediate_values) if before is not None else set[int]()
@@ -379,9 +398,10 @@ class Search:
         if outcome.done:
             self._tell(running.trials, outcome)
         elif running.pruned and not self._halted:
-            self._tell(running.trials, replace(outcome, state="pruned", metrics={}, error=""))
+            self._tell(running.trials, Over(outcome.job, "pruned", seconds=outcome.seconds))
         elif outcome.state == "failed" and not self._halted and self._tries[outcome.job.id] < self._sweep.retries:
             self._tries[outcome.job.id] += 1
+            self._board.failed(outcome)
             self._begin(running)
         else:
             self._keep(outcome)  # and is not told: the next start takes it up
@@ -391,25 +411,21 @@ class Search:
         """Tells Optuna what trials have come to."""
         from optuna.trial import TrialState
 
-        values = [value_of(outcome, metric) for metric, _ in self._aims]
-        lacking = [metric for (metric, _), value in zip(self._aims, values, strict=True) if math.isnan(value)]
+        if any(metric == "seconds" for metric, _ in self._aims):
+            outcome = replace(outcome, metrics=outcome.metrics | {"seconds": outcome.seconds})
+        values = {metric: outcome.value(metric) for metric, _ in self._aims}
+        lacking = [metric for metric, value in values.items() if math.isnan(value)]
         if outcome.state == "finished" and lacking:
-            known = ", ".join([*outcome.metrics, "seconds"])
-            error = f"there is no {lacking[0]} to judge it by; there are {known}"
+            error = f"there is no {lacking[0]} to judge it by; there are {', '.join(outcome.metrics)}"
             self._keep(replace(outcome, state="failed", error=error))
             return
         for trial in trials:
             self._keep(replace(outcome, job=replace(outcome.job, number=trial.number)))
             trial.set_user_attr("told", _told_of(outcome))
             if outcome.state == "finished":
-                self.study.tell(trial, values)
+                self.study.tell(trial, [*values.values()])
             else:
                 self.study.tell(trial, state=TrialState.PRUNED)
-
-
-def value_of(outcome: Outcome, metric: str) -> float:
-    """An objective's value; NaN where there is none."""
-    return outcome.seconds if metric == "seconds" else outcome.value(metric)
 
 
 def _told_of(outcome: Outcome) -> dict[str, Any]:
@@ -420,7 +436,8 @@ def _told_of(outcome: Outcome) -> dict[str, Any]:
 
 def _outcome_from(told: Mapping[str, Any], number: int, place: Path) -> Outcome:
     job = Job(number, told["id"], told["given"], {}, {}, [], place / told["folder"])
-    return Outcome(job, told["state"], told["metrics"], told["error"], told["seconds"])
+    kind = Over if told["state"] in ("pruned", "unfit") else Outcome
+    return kind(job, told["state"], told["metrics"], told["error"], told["seconds"])
 
 
 class _Processes:

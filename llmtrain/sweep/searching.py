@@ -86,12 +86,9 @@ def _missing(found: Mapping[str, Any]) -> Iterator[Misfit]:
 def aims_of(settings: Searching, plan: Plan) -> list[tuple[str, str]]:
     """Each objective and its direction, `minimize` or `maximize`."""
     metrics = settings.objectives or [plan.monitor]
-    return [
-        (metric, given or ("maximize" if plan.rising else "minimize") if metric == plan.monitor else given or told)
-        for metric, given, told in zip(
-            metrics, settings.directions or [None] * len(metrics), map(_usual, metrics), strict=True
-        )
-    ]
+    given: Sequence[str | None] = settings.directions or [None] * len(metrics)
+    usual = {metric: _usual(metric) for metric in metrics} | {plan.monitor: "maximize" if plan.rising else "minimize"}
+    return [(metric, told or usual[metric]) for metric, told in zip(metrics, given, strict=True)]
 
 
 def _usual(metric: str) -> str:
