@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
@@ -32,7 +33,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain.build import GROUPS
-from llmtrain.inert import check_searchpath, close_environment, not_data
+from llmtrain.inert import check_searchpath, close_environment, not_data, not_of_a_config
 from llmtrain.knobs import ConfigError, Misfit, nearest
 
 ALIASES = {"optimizer": "optim"}
@@ -41,8 +42,11 @@ SHARED = {group: about.folder for group, about in GROUPS.items() if about.folder
 """Groups whose options lie in another's folder, which Hydra wants to be named."""
 FREE_TEXT = ("prompt", "sample.prompt")
 """Knobs whose value is taken as it is typed, with its spaces, commas and brackets."""
+LAUNCHERS = {"submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+"""Launchers of `hydra/launcher`, which carry jobs elsewhere, and the extra that each comes with."""
 SEARCH = "optuna"
 """The sweeper of `conf/hydra/sweeper` that searches."""
+_BASIC_LAUNCHER = f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 _OF_ALL = ("sweep.", "cv.", "run.dir", "run.cache", "hydra")
 _ONE_FOR_ALL = "is one for all jobs, and cannot be swept"
@@ -67,6 +71,7 @@ class Composed:
         misfits: What could not be composed.
         spoiled: Groups whose option could not be found or guessed: what is said of their knobs is not to be trusted.
         given: Of a job of a grid what it does not share with all others: each key, and its value as it was written.
+        launcher: `hydra.launcher` where jobs are to be carried elsewhere by a plugin; None where they run here.
     """
 
     values: dict[str, Any] | None = None
@@ -75,6 +80,7 @@ class Composed:
     misfits: list[Misfit] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
     given: dict[str, str] = field(default_factory=dict)
+    launcher: dict[str, Any] | None = None
 
 
 def mend(override: str) -> str:
@@ -89,9 +95,14 @@ def mend(override: str) -> str:
         override = re.sub(rf"^([+~]*){group}(?==|$)", rf"\1{folder}@{group}", override)
     key, _, text = override.partition("=")
     if key in FREE_TEXT and text and text[0] not in "\"'":
-        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-        override = f"{key}='{escaped}'"
+        override = f"{key}={quoted(text)}"
     return override
+
+
+def quoted(text: str) -> str:
+    """Text as the value of an override that means just that."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def prepare(config_dir: str | None) -> None:
@@ -181,14 +192,22 @@ def compose_draw(config_name: str, overrides: Sequence[str]) -> Draw | None:
         config = _load(config_name, loader, fixed, Composed(), RunMode.MULTIRUN)
         if config is None or config.hydra.sweeper.get("name") != SEARCH:
             return None
-        listed = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-        inner, misfits = _parse(parser, listed, multirun=True)
+        unresolved: list[Misfit] = []
+        if config.hydra.launcher.get("_target_") != _BASIC_LAUNCHER:
+            rule = "carries the jobs of grids and of cv; a search runs its trials here, sweep.jobs of them at once"
+            unresolved.append(Misfit("hydra/launcher", config.hydra.runtime.choices["hydra/launcher"], rule, "basic"))
+        settings = _plain(config.hydra.sweeper, "hydra.sweeper", unresolved)
+        listed = settings.get("params") or {}
+        if not isinstance(listed, dict):
+            unresolved.append(Misfit("hydra.sweeper.params", listed, "must be a mapping from keys to their spaces"))
+            listed = {}
+        inner, misfits = _parse(parser, [f"{key}={value}" for key, value in listed.items()], multirun=True)
     last = {_key(override): override for override in [*inner, *parsed]}  # the command line comes after the config
     varied = [override for override in last.values() if override.is_sweep_override()]
     swept = {_line(o) for o in parsed if o.is_sweep_override()}
     shared = [_line(o) for o in inner if o is last[_key(o)] and o not in varied]
-    settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
-    return Draw(settings, [*shared, *(line for line in overrides if line not in swept)], varied, misfits)
+    lines = [*shared, *(line for line in overrides if line not in swept)]
+    return Draw(settings, lines, varied, unresolved + misfits)
 
 
 def _grid(
@@ -329,7 +348,17 @@ def _compose_one(
         job.choices = {k: v for k, v in config.hydra.runtime.choices.items() if not k.startswith("hydra/")}
         nodes = {str(k): config._get_node(k) for k in config if k != "hydra" and not OmegaConf.is_missing(config, k)}
         job.values = {key: _plain(node, key, job.misfits) for key, node in nodes.items()}
+        job.launcher = _launcher(config, job)
     return job
+
+
+def _launcher(config: DictConfig, job: Composed) -> dict[str, Any] | None:
+    """What carries jobs elsewhere, if they are not to run here; what of it must not stand in a config is told."""
+    if config.hydra.launcher.get("_target_") == _BASIC_LAUNCHER:
+        return None
+    job.misfits += not_of_a_config(OmegaConf.to_container(config.hydra.launcher, resolve=False), job.overrides)
+    found: dict[str, Any] = _plain(config.hydra.launcher, "hydra.launcher", job.misfits)
+    return found
 
 
 def _value(override: Override) -> str:
@@ -342,7 +371,8 @@ def _with_values(base: DictConfig, lines: Sequence[str]) -> DictConfig:
     config, overrides = copy.deepcopy(base), OverridesParser.create().parse_overrides([*lines])
     ConfigLoaderImpl._apply_overrides_to_config(overrides, config)
     config.hydra.overrides.task.extend(lines)
-    given = OverridesParser.create().parse_overrides(OmegaConf.to_container(config.hydra.overrides.task))
+    written: Any = OmegaConf.to_container(config.hydra.overrides.task)
+    given = OverridesParser.create().parse_overrides(written)
     config.hydra.job.override_dirname = get_overrides_dirname(given, **config.hydra.job.config.override_dirname)
     return config
 
@@ -397,6 +427,9 @@ def _settle(override: Override, loader: ConfigLoader) -> tuple[str | None, Misfi
     value = override.value()
     for option in value if isinstance(value, list) else [value]:
         if option is not None and str(option) not in options:
+            if group == "hydra/launcher" and str(option) in LAUNCHERS:
+                extra = LAUNCHERS[str(option)]
+                return None, Misfit(group, option, f"is not installed: pip install 'llmtrain[{extra}]'")
             guess = nearest(str(option), options)
             unnamed = "leave it out for the usual one; " if str(option) == "auto" else ""
             rule = f"no such option; {unnamed}there are " + ", ".join(options)

@@ -26,6 +26,8 @@ _RESOLVER = r"\$\{\s*([^${}:]*(?:\$\{[^{}]*\}[^${}:]*)*?)\s*:"
 """The name of a resolver, put together by other interpolations or not."""
 _PLUGINS = ("hydra.launcher._target_", "hydra.sweeper._target_")
 """These two name a plugin of Hydra's that is installed."""
+_OF_THE_COMMAND = ("setup", "additional_parameters", "ray", "redis")
+"""What a launcher runs in a shell, or whom it lets run code."""
 _ECHOES = ("hydra.overrides.", "hydra.job.override_dirname")
 """Where Hydra repeats the command line."""
 _LOGGING = ("job_logging", "hydra_logging")
@@ -59,6 +61,23 @@ def not_data(config: DictConfig) -> list[Misfit]:
         if plain["hydra"][name] not in _hydras_logging(name):
             rule = f"a config is data; logging set up by one can run code; take hydra/{name}=none"
             misfits.append(Misfit(f"hydra.{name}", "changed", rule))
+    return misfits
+
+
+def not_of_a_config(launcher: Any, overrides: Sequence[str]) -> list[Misfit]:
+    """What of `hydra.launcher` must not come from a config, and is not on the command line.
+
+    Batch scripts are made of its values, so all text must be one line.
+    """
+    misfits = []
+    for key, value in _leaves(launcher, "hydra.launcher"):
+        knob = re.split(r"[.\[]", key.removeprefix("hydra.launcher."))[0]
+        given = any(o.lstrip("+").startswith(f"hydra.launcher.{knob}") for o in overrides)
+        if value not in ([], {}) and knob in _OF_THE_COMMAND and not given:
+            rule = "a config is data; this would run commands, and is to be given on the command line"
+            misfits.append(Misfit(key, value, rule))
+        elif isinstance(value, str) and not value.isprintable():
+            misfits.append(Misfit(key, value, "must be one line: batch scripts are made of it"))
     return misfits
 
 

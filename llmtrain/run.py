@@ -353,7 +353,7 @@ def with_outputs(
 
 
 def _compiled(function: Callable[..., Any], model: nn.Module, scope: str) -> Callable[..., Any]:
-    """Compiles as `train.compile` says; shapes never change, so nothing is ever compiled twice."""
+    """Compiles as `train.compile` says; each shape once: the full one, and those of `train.buckets`."""
     if scope == "model":
         return torch.compile(function, dynamic=False, fullgraph=True)
     if scope == "block":

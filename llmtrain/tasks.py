@@ -78,7 +78,7 @@ class Task:
         counted: Whether the targets are classes of samples, or answers yes and no, that can be counted.
         special_tokens: What the tokenizer must have beside text, such as `mask`.
         vary: Makes the question of (inputs, targets, mask) as the data gives them, a pure function of those
-            and of a key for each sample, (seed, epoch, index).
+            and of a key for each sample, (seed, pass, index).
         weigh: Host number of a batch's targets and mask that the metrics need, added up over batches.
         guess: What to guess by, and the outputs (outputs,) that are the best ones for every sample alike, from the
             targets (N, ...) of the training samples; None leaves the baseline to the data.

@@ -89,7 +89,7 @@ class Augment(Protocol):
     special_tokens: tuple[str, ...]
 
     def __call__(self, batch: Batch, keys: Sequence[Sequence[int]]) -> Batch | Mixed:
-        """The samples as they are to be learned from, a function of each and its key (seed, epoch, index) alone."""
+        """The samples as they are to be learned from, a function of each and its key (seed, pass, index) alone."""
         ...
 
 

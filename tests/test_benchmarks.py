@@ -124,3 +124,13 @@ def test_listing_runs_is_timed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^llmtrain runs.*, 12 runs: [\d.]+ .* s, CPU [\d.]+ ", done.stdout, re.M)) == 4
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_is_measured_with_all_of_its_processes(tmp_path: Path) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "sweep.py"), "--jobs", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    composing, whole = (float(found) for found in re.findall(r"4 jobs: .*?CPU ([\d.]+) s;", done.stdout))
+    assert 0 < composing < whole < 60

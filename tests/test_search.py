@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from llmtrain.sweep.searching import Searching, check_together, read_settings
 from llmtrain.sweep.space import Space, point, read_spaces, size
 
 optuna = pytest.importorskip("optuna")
+from llmtrain.sweep.findings import SearchBoard, conclude_search
 from llmtrain.sweep.journal import importances, open_study, quiet
 
 PARSER = OverridesParser.create()
@@ -576,6 +578,45 @@ def test_values_are_read_as_they_are_written(tmp_path: Path):
     assert runner.progress(job) == [(5, 1.0)]
 
 
+# -- what is seen ---------------------------------------------------------------------------------------------
+
+
+def test_a_person_sees_every_trial_and_what_is_to_be_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def make(number: int, given: dict[str, str]) -> Job:
+        if given["x"] == "3":
+            raise ConfigError([Misfit("x", 3, "must be odd or even")])
+        values = {"train": {"steps": 1}, "run": {}, "resume": "auto", "x": given["x"]}
+        return Job(number, given["x"], given, values, {}, [], tmp_path / given["x"])
+
+    aims = [("val_loss", "minimize"), ("seconds", "minimize")]
+    words, knobs = ["x=range(1,13)"], {"sampler": "grid", "n_trials": None, "objectives": [aim for aim, _ in aims]}
+    runner = Stub(lambda given: [] if given["x"] == "5" else [float(given["x"])])
+    found = hunt(tmp_path, runner, words, make, aims, **knobs)
+    for outcome in found.results():
+        board = SearchBoard(found.plan, 1, 12)
+        board.ended(outcome)
+    with quiet():
+        conclude_search(found.plan, found.results(), found.study, aims)
+    out = capsys.readouterr().out
+    assert "[ 3/12] unfit      x=3  x=3: must be odd or even" in out
+    assert "does not fit: x=3" in out and "no other is better in all of val_loss, seconds" in out
+    assert "failed: x=5" in out and "what the good trials owe to each knob" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["pareto"] == [{"given": {"x": "1"}, "job": "1", "values": {"val_loss": 1.0, "seconds": 1.0}}]
+    assert results["importance"] == {"x": 1.0} and results["objectives"] == [list(aim) for aim in aims]
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["x"] == "1"
+
+
+def test_the_head_tells_of_the_best(tmp_path: Path):
+    job = Job(0, "a", {"optim.lr": "0.1"}, {"train": {"steps": 1}}, {}, [], tmp_path)
+    board = SearchBoard(Plan(tmp_path, [job], [], "val_acc", True, "search"), 1, 20)
+    assert board.plan.jobs == [] and board._count(job) == "[ 1/20]"
+    for number, value in enumerate((0.5, 0.75, 0.25)):
+        one = replace(job, number=number, given={"optim.lr": f"0.{number}"})
+        board.ended(Outcome(one, "finished", {"val_acc": value}))
+    assert board._head() == f"{tmp_path.name}: 3 of 20 trials done, 3 finished, 0 running; best val_acc 0.75 (lr=0.1)"
+
+
 # -- the command ----------------------------------------------------------------------------------------------
 
 
@@ -594,6 +635,23 @@ def test_a_dry_run_shows_the_spaces(call: Callable[..., Any]):
     assert said.code == 0, said.err
     assert "tpe, 7 trials" in said.out and "1e-05 to 0.01, log" in said.out and "0, 0.0001" in said.out
     assert not (said.cwd / "runs").exists()
+
+
+def test_the_first_corner_must_fit_and_others_are_tried(call: Callable[..., Any]):
+    words = [*OURS, "model=gpt_nano", "model.width=64", "hydra.sweeper.n_trials=2", "--dry-run"]
+    said = call(*words, "model.heads=4,3")
+    assert said.code == 0, said.err
+    said = call(*words, "model.heads=3,4")
+    assert said.code == 2 and "heads" in said.err
+    said = call(*words, "model.heads=4,8", "hydra.sweeper.params=[1]", "run.name=one")
+    assert said.code == 2 and "must be a mapping" in said.err and "several trials" in said.err
+
+
+def test_a_space_on_the_command_line_comes_before_one_in_the_config(call: Callable[..., Any]):
+    said = call(*OURS, *SMALL, LR, "hydra.sweeper.params={optim.lr: '1,2', regularization.l2: 'interval(0,1)'}",
+        "regularization.l2=0", "hydra.sweeper.n_trials=2", "--dry-run")  # fmt: skip
+    assert said.code == 0, said.err
+    assert "1e-05 to 0.01, log" in said.out and "regularization.l2" not in said.out
 
 
 def test_cross_validation_takes_a_grid(call: Callable[..., Any]):

@@ -22,7 +22,7 @@ class Draw:
     """Random numbers for each sample of a batch.
 
     Args:
-        keys: Whole numbers for each sample, such as (seed, epoch, index).
+        keys: Whole numbers for each sample, such as (seed, pass, index).
         device: Where the numbers are made; they are the same on each, but for the rounding of `normal`.
     """
 

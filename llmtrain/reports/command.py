@@ -102,7 +102,12 @@ def _tell_study(study: Study, console: Console) -> None:
     number = [str(place) for place in range(1, len(points) + 1)]
     repeats = [str(len(point.trials)) if study.repeated else "" for point in points]
     columns, _ = fitted(
-        [Column("point", names), Column("", number, True), Column(study.monitor, values, True), Column("runs", repeats, True)],
+        [
+            Column("point", names),
+            Column("", number, True),
+            Column(study.monitor, values, True),
+            Column("runs", repeats, True),
+        ],
         {},
         room(),
     )

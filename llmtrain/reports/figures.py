@@ -42,7 +42,7 @@ _CLASSES = 60
 _SCALE = "Viridis"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Drawing:
     """A figure with its words.
 
@@ -62,7 +62,7 @@ class Drawing:
 
 
 def library() -> Any:
-    """plotly's figures.
+    """What figures are made of.
 
     Raises:
         UserError: If plotly is not there.
@@ -70,7 +70,7 @@ def library() -> Any:
     try:
         import plotly.graph_objects as plotly
     except ImportError:
-        raise UserError("needs plotly: pip install 'llmtrain[report]'") from None
+        raise UserError("the page needs plotly: pip install 'llmtrain[report]'") from None
     return plotly
 
 
@@ -107,7 +107,14 @@ def _figure(height: int, **layout: Any) -> Any:
             "xaxis": axis,
             "yaxis": axis,
             "hoverlabel": {"bgcolor": PAPER, "bordercolor": FAINT, "font": {"color": INK}, "namelength": -1},
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"color": INK}},
+            "legend": {
+                "orientation": "h",
+                "y": 1.02,
+                "yanchor": "bottom",
+                "x": 0,
+                "font": {"color": INK},
+                "traceorder": "reversed",
+            },
             "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": FAINT, "activecolor": ACCENT},
             "showlegend": False,
         }
@@ -166,7 +173,7 @@ def _curves(study: Study, name: str, lines: Sequence[shapes.Curve]) -> Drawing:
     figure.update_yaxes(title_text=_plain(name), type=_by_decades(values))
     loss = name == "loss"
     title = "Training loss" if loss else f"{name} while training"
-    note = "Smoothed lightly. " if loss else ""
+    note = "Smoothed lightly. " if any(line.smooth for line in lines) else ""
     note += "" if len(lines) == 1 or few else "The best run is orange; point at a line to see whose it is."
     return Drawing(f"curve-{name}", title, note, figure, wide=False)
 
@@ -183,7 +190,7 @@ def _against(study: Study, knob: Knob) -> Drawing:
     if knob.scale == "category" and several:
         for at, some in _by_value(study, knob).items():
             figure.add_box(
-                x=[at] * len(some), y=[t.value for t in some], marker={"color": FAINT}, line={"width": 1},
+                x=[at] * len(some), y=[t.value for t in some], marker={"color": FAINT}, line={"width": 1, "color": FAINT}, fillcolor="rgba(138,148,163,0.14)",
                 boxpoints=False, hoverinfo="skip", width=0.5, showlegend=False,
             )  # fmt: skip
     for chosen, colour, size, name in ((False, ACCENT, 7, "run"), (True, BEST, 10, "best point")):
@@ -205,6 +212,7 @@ def _against(study: Study, knob: Knob) -> Drawing:
             name="mean",
             marker={"symbol": "line-ew", "size": 26, "line": {"width": 2.5, "color": INK}},
             line={"color": INK, "width": 1.4, "dash": "dot"},
+            showlegend=len(line) < len(known),
             hovertemplate="mean %{y:.5g}<extra></extra>",
         )
     figure.update_layout(showlegend=True)
@@ -224,7 +232,11 @@ def _colours(study: Study, values: Sequence[float]) -> tuple[list[float], dict[s
     """Values as they are coloured, their colour bar, and whether the scale is turned so that the best stands out."""
     logarithm = shapes.decades(values)
     shown = [math.log10(value) for value in values] if logarithm else list(values)
-    bar: dict[str, Any] = {"thickness": 12, "outlinewidth": 0, "title": {"text": _plain(study.monitor), "side": "right"}}
+    bar: dict[str, Any] = {
+        "thickness": 12,
+        "outlinewidth": 0,
+        "title": {"text": _plain(study.monitor), "side": "right"},
+    }
     if logarithm:
         low, high = min(shown), max(shown)
         places = [low + (high - low) * i / 4 for i in range(5)]
@@ -334,7 +346,10 @@ def _importance(study: Study) -> Drawing | None:
     figure.update_xaxes(range=[0, 1.05], tickformat=".0%")
     figure.update_yaxes(type="category", showgrid=False)
     of = f"the logarithm of {study.monitor}" if found.logarithm else study.monitor
-    note = found.lacking or f"The share of what {of} varies over the tried ranges that each knob alone accounts for (fANOVA)."
+    note = (
+        found.lacking
+        or f"The share of what {of} varies over the tried ranges that each knob alone accounts for (fANOVA)."
+    )
     return Drawing("importance", "Which knob matters", note, None if found.lacking else figure)
 
 
@@ -449,7 +464,7 @@ def _confusion(trial: Trial, targets: Sequence[str], said: Sequence[str]) -> Dra
         text=[[str(count or "") for count in row] for row in counts],
         texttemplate="%{text}" if write else None,
         colorscale=[[0, GRID], [0.5, "#6fb1d8"], [1, ACCENT]],
-        colorbar={"thickness": 12, "outlinewidth": 0, "tickformat": ".0%", "title": {"text": "of the target", "side": "right"}},
+        colorbar={"thickness": 12, "outlinewidth": 0, "tickformat": ".0%"},
         hovertemplate="%{y} taken for %{x}: %{customdata} (%{z:.1%})<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(type="category", title_text="prediction", showgrid=False)

@@ -12,7 +12,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,12 @@ class Knob:
             return [(float(i), value) for i, value in enumerate(self.values)]
         if len(self.values) <= _TICKS:
             return [(self.at(str(value)), f"{value:g}") for value in self.values]
-        if self.scale == "log" and self.values[0] == 0:
-            first, last = math.ceil(math.log10(self.least) + 1), math.floor(math.log10(self.values[-1]))
-            return [(self.least, "0"), *((10.0**n, f"{10.0**n:g}") for n in range(first, last + 1))]
-        return []
+        if self.scale == "linear":
+            return []
+        zero = self.values[0] == 0
+        first = math.ceil(math.log10(self.least * _DECADE) - 1e-9)
+        powers = [10.0**n for n in range(first, math.floor(math.log10(self.values[-1]) + 1e-9) + 1)]
+        return [(self.least, "0")] * zero + [(power, f"{power:g}") for power in powers]
 
 
 @dataclass(frozen=True)
@@ -284,8 +286,10 @@ def _sweep(place: Path) -> Study:
     monitor, rising = str(plan.get("monitor") or "val_loss"), bool(plan.get("rising"))
     titles = _titles(dict.fromkeys(key for _, given in jobs for key in given))
     trials = []
+    told = _told_states(results)
     for folder, given in jobs:
         record = records.pop(folder, None) or _waiting(folder)
+        record = replace(record, state=told.get(folder.name, record.state))
         trials.append(Trial(record, given, _words(given, titles) or folder.name, _last(record, monitor)))
     refits = [Trial(record, {}, record.name, _last(record, monitor)) for record in records.values()]
     knobs = _knobs([trial.given for trial in trials], titles)
@@ -304,6 +308,15 @@ def _sweep(place: Path) -> Study:
         marks=_marks(results.get("choices") or []),
         tests=[float(value) for value in results.get("tests") or []],
     )
+
+
+def _told_states(results: Mapping[str, Any]) -> dict[str, str]:
+    """Jobs of which only a search knows the state: it has ended those that did not promise enough, or did not fit."""
+    points = results.get("points") or []
+    states = {
+        job: state for p in points for job, state in zip(p.get("jobs") or [], p.get("states") or [], strict=False)
+    }
+    return {job: state for job, state in states.items() if state in ("pruned", "unfit")}
 
 
 def _marks(choices: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:

@@ -2,7 +2,8 @@
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const partners = JSON.parse(document.getElementById("partners").textContent);
-  const config = { displaylogo: false, displayModeBar: "hover", responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  // Plotly would offer to upload a figure to its makers.
+  const config = { showSendToCloud: false, plotlyServerURL: "", displaylogo: false, displayModeBar: "hover", responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
 
   // A figure's colours for a dark page; scales are turned round, so that the best stands out there as well.
   const painted = (value, key) => {

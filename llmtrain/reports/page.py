@@ -23,10 +23,9 @@ from llmtrain.table import measured
 from llmtrain.words import duration
 
 _SAMPLES, _LONGEST = 3, 4000
-_NOT_OF_THE_RUN = ("sweep.", "cv.", "run.name=", "run.dir=")
+_NOT_OF_THE_RUN = ("sweep.", "cv.", "hydra", "run.name=", "run.dir=")
 _BROKEN = ("failed", "diverged", "killed")
 _KINDS = {"sweep": "A sweep", "cv": "A cross-validation", "search": "A search", "runs": "Runs of no sweep"}
-_COMMANDS = {"cv": "cv", "search": "tune"}
 
 
 def page(studies: Sequence[Study]) -> str:
@@ -85,9 +84,7 @@ def _data(name: str, text: str) -> str:
 
 
 def _again(study: Study) -> str:
-    if study.kind == "sweep":
-        return shlex.join(["llmtrain", "train", "-m", *study.command])
-    return shlex.join(["llmtrain", _COMMANDS[study.kind], *study.command])
+    return shlex.join(["llmtrain", *(["cv"] if study.kind == "cv" else ["train", "-m"]), *study.command])
 
 
 def _kept(place: str, name: str) -> str:
@@ -96,17 +93,13 @@ def _kept(place: str, name: str) -> str:
 
 def _section(study: Study, name: str, many: bool) -> str:
     found = drawings(study)
-    kinds: dict[str, list[Drawing]] = {"Learning curves": [], "Knobs": [], "What the models say": []}
-    for drawing in found:
-        kind = drawing.name.partition("-")[0]
-        title = {"curve": "Learning curves", "confusion": "What the models say", "predictions": "What the models say"}
-        kinds[title.get(kind, "Knobs")].append(drawing)
-    numbers = {id(drawing): f"{name}-f{number}" for number, drawing in enumerate(found)}
     blocks = [_head(study), _table(study)]
-    for title, some in kinds.items():
-        if some:
-            shown = "".join(_drawn(drawing, numbers[id(drawing)]) for drawing in some)
-            blocks.append(f'<h2>{title}</h2>\n<div class="figures">{shown}</div>')
+    for title in dict.fromkeys(map(_chapter, found)):
+        some = [drawing for drawing in found if _chapter(drawing) == title]
+        narrow = [drawing for drawing in some if not drawing.wide]
+        alone = narrow[-1] if len(narrow) % 2 else None
+        shown = "".join(_drawn(d, f"{name}-f{found.index(d)}", d.wide or d is alone) for d in some)
+        blocks.append(f'<h2>{title}</h2>\n<div class="figures">{shown}</div>')
     blocks += [_samples(study), _config(study)]
     return f'<section class="study" id="{name}">\n' + "\n".join(filter(None, blocks)) + "\n</section>"
 
@@ -145,14 +138,17 @@ def _answer(study: Study) -> str:
             *blocks,
         ]
     inner = "".join(
-        f'<div><div class="label">{escape(title)}</div><div class="{kind}">{text}</div></div>' for title, text, kind in blocks
+        f'<div><div class="label">{escape(title)}</div><div class="{kind}">{text}</div></div>'
+        for title, text, kind in blocks
     )
     return f'<div class="answer">{inner}</div>'
 
 
 def _facts(study: Study) -> list[tuple[str, str]]:
     """What else is worth saying at the top."""
-    rows = [(name.replace("_", " "), _point_words(study, given)) for name, given in study.marks.items() if name != "best"]
+    rows = [
+        (name.replace("_", " "), _point_words(study, given)) for name, given in study.marks.items() if name != "best"
+    ]
     if len(study.tests) == 1:
         rows.append(("tested once", f"{_test(study)} {measured(study.tests[0])}, which no choice has seen"))
     elif study.tests:
@@ -160,8 +156,10 @@ def _facts(study: Study) -> list[tuple[str, str]]:
         rows.append(("tested", f"{_test(study)} {measured(mean)}, the mean of {len(study.tests)} tests"))
     champion = study.champion
     baseline = result(champion.record).get("baseline") if champion is not None else None
-    if isinstance(baseline, dict) and isinstance(value := baseline.get(study.monitor.removeprefix("val_")), int | float):
-        rows.append(("to compare", f"{escape(str(baseline.get('by')))} comes to {measured(value)}"))
+    if isinstance(baseline, dict) and isinstance(
+        value := baseline.get(study.monitor.removeprefix("val_")), int | float
+    ):
+        rows.append(("to compare", f"{measured(value)} by {escape(str(baseline.get('by')))}, without a model"))
     if champion is not None:
         rows.append(("lies in", escape(str(study.place or champion.record.folder))))
     return rows
@@ -173,7 +171,11 @@ def _test(study: Study) -> str:
 
 def _point_words(study: Study, given: dict[str, str]) -> str:
     found = next((point for point in study.points if point.given == given), None)
-    return escape(f"{study.names(found)}, {spread(found)}: the most regularized that is about as good as the best") if found else ""
+    return (
+        escape(f"{study.names(found)}, {spread(found)}: the most regularized that is about as good as the best")
+        if found
+        else ""
+    )
 
 
 # Tables
@@ -187,7 +189,8 @@ def _table(study: Study) -> str:
     runs = _grid(*_runs(study))
     if not study.repeated:
         return f"<h2>Runs</h2>\n{runs}"
-    return f"<h2>Points</h2>\n{_grid(*_points(study))}\n<details><summary>all {len(study.trials)} runs</summary>{runs}</details>"
+    all_runs = f"<details><summary>all {len(study.trials)} runs</summary>{runs}</details>"
+    return f"<h2>Points</h2>\n{_grid(*_points(study))}\n{all_runs}"
 
 
 _Cell = tuple[str, float | None, bool]
@@ -211,7 +214,11 @@ def _runs(study: Study) -> tuple[list[str], list[_Row]]:
     others = _others(study)
     errors = any(trial.record.error for trial in study.trials)
     named = study.kind == "runs" or not study.knobs
-    extra = [key for key in dict.fromkeys(k for t in study.trials for k in t.given) if key not in {k.key for k in study.knobs}]
+    extra = [
+        key
+        for key in dict.fromkeys(k for t in study.trials for k in t.given)
+        if key not in {k.key for k in study.knobs}
+    ]
     heads = ["", *["run"] * named, *(knob.title for knob in study.knobs), *(key.rpartition(".")[2] for key in extra)]
     heads += ["state", study.monitor, *others, "step", "time", *["error"] * errors]
     ordered = sorted(study.trials, key=lambda trial: study.cost(trial.value))
@@ -258,7 +265,7 @@ def _grid(heads: Sequence[str], rows: Sequence[_Row]) -> str:
     """A table that is sorted by clicking on a column's head."""
     number = [any(row[i][2] for _, row in rows) for i in range(len(heads))]
     titles = "".join(
-        f'<th{" class=number" * flush}><button>{escape(head) or "#"}</button></th>'
+        f"<th{' class=number' * flush}><button>{escape(head) or '#'}</button></th>"
         for head, flush in zip(heads, number, strict=True)
     )
     body = "".join(f'<tr class="{kind}">{"".join(map(_cell, cells))}</tr>\n' for kind, cells in rows)
@@ -275,13 +282,19 @@ def _cell(cell: _Cell) -> str:
 # Below the tables
 
 
-def _drawn(drawing: Drawing, name: str) -> str:
+def _chapter(drawing: Drawing) -> str:
+    kind = drawing.name.partition("-")[0]
+    chapters = {"curve": "Learning curves", "confusion": "What the models say", "predictions": "What the models say"}
+    return chapters.get(kind, "Knobs")
+
+
+def _drawn(drawing: Drawing, name: str, wide: bool) -> str:
     note = f'<p class="note">{escape(drawing.note)}</p>' if drawing.note else ""
     head = f"<figcaption><h3>{escape(drawing.title)}</h3>{note}</figcaption>"
     if drawing.figure is None:
         return f'<figure class="wide">{head}</figure>'
     div = f'<div class="plotly-graph-div" data-figure="{name}" style="height:{drawing.figure.layout.height}px"></div>'
-    return f'<figure class="{"wide" * drawing.wide}">{head}{div}{_data(name, drawing.figure.to_json())}</figure>\n'
+    return f'<figure class="{"wide" * wide}">{head}{div}{_data(name, drawing.figure.to_json())}</figure>\n'
 
 
 def _samples(study: Study) -> str:
@@ -307,4 +320,3 @@ def _config(study: Study) -> str:
     whose = "of the best run, " if len(study.trials) > 1 and study.champion else "of "
     title = f"all knobs {whose}{champion.name}"
     return f"<h2>Config</h2>\n<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-

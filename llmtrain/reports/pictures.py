@@ -76,7 +76,9 @@ def _knobs(study: Study) -> Any:
             at = [knob.at(trial.given[knob.key]) for trial in some]
             axes.scatter(at, [trial.value for trial in some], color=colour, alpha=alpha, s=24)
         if line := shapes.means(study, knob):
-            flat = {"marker": "_", "markersize": 18, "linestyle": ""} if knob.scale == "category" else {"linestyle": ":"}
+            flat = (
+                {"marker": "_", "markersize": 18, "linestyle": ""} if knob.scale == "category" else {"linestyle": ":"}
+            )
             axes.plot([at for at, _ in line], [mean for _, mean in line], color="black", linewidth=1.2, **flat)
         _label(axes, knob.key, study.monitor, [trial.value for trial in known])
         _scale(axes, knob)
@@ -146,6 +148,8 @@ def _scale(axes: Any, knob: Knob) -> None:
     """The axis of a knob, below."""
     if knob.scale == "log":
         axes.set_xscale("log")
+    if knob.scale == "category":
+        axes.set_xlim(-0.5, len(knob.values) - 0.5)
     if ticks := knob.ticks:
         axes.set_xticks([at for at, _ in ticks], [text for _, text in ticks])
         axes.minorticks_off()

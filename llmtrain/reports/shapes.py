@@ -28,11 +28,12 @@ _LEAST_TRIALS = 4
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over a run."""
+    """A metric over a run; `smooth` where it is one of means."""
 
     trial: Trial
     steps: list[int]
     values: list[float]
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Importance:
 
 
 def drawn(study: Study) -> dict[str, list[Curve]]:
-    """The learning curves of a study: the training loss, smoothed lightly, and the metric; each run's files are read once.
+    """The learning curves of a study: the training loss, smoothed lightly, and the metric.
 
-    The best run is the last, so that it lies on top.
+    The best run is the last, so that it lies on top. This reads the files of each run once.
     """
     names = list(dict.fromkeys(("loss", study.monitor)))
     champion = study.champion
@@ -86,9 +87,8 @@ def drawn(study: Study) -> dict[str, list[Curve]]:
         for name in names:
             steps, values = known.get(name, ([], []))
             if any(map(math.isfinite, values)):
-                if name == "loss":
-                    values = smoothed(values, len(values) // _SMOOTH)
-                found[name].append(Curve(trial, *thinned(steps, values, most)))
+                reach = len(values) // _SMOOTH if name == "loss" else 0
+                found[name].append(Curve(trial, *thinned(steps, smoothed(values, reach), most), reach > 0))
     return {name: some for name, some in found.items() if some}
 
 

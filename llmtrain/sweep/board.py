@@ -138,7 +138,7 @@ class Board:
             value = outcome.value(self.plan.monitor)
             took = duration(outcome.seconds) if outcome.seconds else ""
             table.add_row(*self._cells(outcome.job), state, "", "" if math.isnan(value) else f"{value:.6g}", took)
-        return Group(Text(self._head(), style="bold"), table)
+        return Group(Text(self._head(), style="bold", no_wrap=True, overflow="ellipsis"), table)
 
     def _cells(self, job: Job) -> list[str]:
         return [str(job.number + 1), *(printable(job.given.get(key, ""))[:24] for key in self._names)]

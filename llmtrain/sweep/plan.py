@@ -24,8 +24,8 @@ from llmtrain.metrics import direction
 
 _NOT_THE_RUN = ("run", "resume", "log", "sweep", "cv")
 """Sections that change nothing of what a run comes to."""
-_NOT_THE_SWEEP = ("sweep.", "log.", "run.cache=", "cv.choose=", "cv.refit=")
-"""Overrides that do not make it another sweep: more seeds, or another choice, go on with what there is."""
+_NOT_THE_SWEEP = ("sweep.", "log.", "run.cache=", "cv.choose=", "cv.refit=", "hydra/launcher=", "hydra.launcher.")
+"""Overrides that do not make it another sweep: more seeds, another choice or another place go on with what there is."""
 _CHANCE = ("train.seed", "eval.fold", "eval.test_fold")
 _LONGEST = 60
 
@@ -69,6 +69,7 @@ class Plan:
         monitor: The metric that jobs are judged by, such as `val_loss`.
         rising: Whether more of it is better.
         kind: What it is for: `sweep`, `cv` or `search`.
+        launcher: `hydra.launcher` where a plugin of Hydra's is to carry the jobs; None where they run here.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Plan:
     monitor: str
     rising: bool
     kind: str = "sweep"
+    launcher: dict[str, Any] | None = None
 
     def write(self) -> None:
         """Writes `plan.json`, from which lists and reports are made."""
@@ -116,7 +118,7 @@ def make_plan(
     ]
     _check(planned)
     rising = (goal.mode if goal.mode != "auto" else direction(goal.monitor)) == "max"
-    return Plan(place, planned, [*command], f"val_{goal.monitor}", rising, kind)
+    return Plan(place, planned, [*command], f"val_{goal.monitor}", rising, kind, jobs[0].launcher)
 
 
 def _name(job: Composed, command: Sequence[str], kind: str) -> str:

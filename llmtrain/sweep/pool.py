@@ -29,7 +29,8 @@ class Outcome:
     Attributes:
         job: Which.
         state: `finished`, `diverged`, `stopped`, `failed` or `waiting`, which it still is.
-        metrics: The last of each metric.
+        metrics: The last of each metric; of those on held-out data the best evaluation's, whose checkpoint stays. On a
+            fold they are the last too: the training that follows has nothing held out to choose by.
         error: Why it failed.
         seconds: What it took, from its last start to the end; 0 where that is not known.
     """
@@ -71,6 +72,33 @@ class Board(Protocol):
         ...
 
 
+class Runner(Protocol):
+    """Whoever runs jobs.
+
+    Attributes:
+        running: Those that it runs, by their numbers.
+    """
+
+    running: Any
+
+    @property
+    def free(self) -> Any:
+        """Whether another job can be started."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Starts a job."""
+        ...
+
+    def ended(self) -> list[Job]:
+        """Waits a moment; the jobs that have ended since."""
+        ...
+
+    def terminate(self) -> None:
+        """Asks all to save and end."""
+        ...
+
+
 def outcome_of(job: Job) -> Outcome:
     """What a job has come to, by what it left in its folder: true after whatever end."""
     status = status_of(job.folder)
@@ -82,13 +110,22 @@ def outcome_of(job: Job) -> Outcome:
         record = {}
     state = status.get("state", "failed")
     seconds = max(status.get("ended", 0.0) - status.get("started", 0.0), 0.0)
-    metrics = {k: v for k, v in record.get("metrics", {}).items() if v is not None} if state != "failed" else {}
+    best = record.get("best", {}) if "eval.fold" not in job.given else {}
+    found = {k: v for k, v in (record.get("metrics", {}) | best).items() if v is not None and k != "step"}
+    metrics = found if state != "failed" else {}
     if state == "running":  # and yet it does not: it was killed
         return Outcome(job, "failed", error="was killed, by this machine's want of memory or by somebody")
     return Outcome(job, state, metrics, status.get("error", ""), seconds)
 
 
-def carry_out(jobs: Sequence[Job], settings: Sweep, board: Board, trust: Sequence[str], stop: Stop) -> list[Outcome]:
+def carry_out(
+    jobs: Sequence[Job],
+    settings: Sweep,
+    board: Board,
+    trust: Sequence[str],
+    stop: Stop,
+    runner: Runner | None = None,
+) -> list[Outcome]:
     """Runs what is not done yet, as many jobs at once as are asked for.
 
     Args:
@@ -97,6 +134,7 @@ def carry_out(jobs: Sequence[Job], settings: Sweep, board: Board, trust: Sequenc
         board: Is told what happens.
         trust: Packages whose parts may run.
         stop: When it becomes true, the running jobs save and end, and no more are started.
+        runner: Runs the jobs; None: processes of this machine do.
 
     Returns:
         What became of each, in the order given.
@@ -105,7 +143,8 @@ def carry_out(jobs: Sequence[Job], settings: Sweep, board: Board, trust: Sequenc
     for outcome in outcomes.values():
         board.ended(outcome)
     waiting = deque(job for job in jobs if job.number not in outcomes)
-    pool, failures, halt = _Pool(slots(settings.jobs), trust), Counter[int](), False
+    pool: Runner = runner or _Pool(slots(settings.jobs), trust)
+    failures, halt = Counter[int](), False
     while pool.running or (waiting and not halt):
         halt = halt or stop()
         while waiting and pool.free and not halt:

@@ -22,6 +22,8 @@ from llmtrain.sweep.plan import Plan, short_keys
 from llmtrain.sweep.pool import Outcome
 
 _SHOWN = 40
+_NOT_CHOSEN = ("~", "run.", "sweep.", "cv.", "hydra", "train.seed=")
+"""How overrides begin that say nothing of what a run is."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,21 @@ def write_best(plan: Plan, best: Point, mend: Callable[[dict[str, Any]], dict[st
 
 
 def _overlay(plan: Plan, best: Point) -> str:
-    """What was chosen and given on the command line, as an experiment file."""
+    """What was chosen and given on the command line, as an experiment file; on top of another experiment, all there is.
+
+    What is left to chance, and where the run lies, is not part of it.
+    """
     job = best.outcomes[0].job
-    given = [o for o in job.overrides if "=" in o and not o.startswith(("~", "run.", "sweep.", "hydra", "train.seed="))]
-    options = {o.partition("=")[0].lstrip("+"): o.partition("=")[2] for o in given}
-    choices = {group: job.choices[group] for group in options if job.choices.get(group)}
+    given = [o for o in job.overrides if "=" in o and not o.startswith(_NOT_CHOSEN)]
+    keys = [o.partition("=")[0].lstrip("+") for o in given]
+    choices = {group: option for group, option in job.choices.items() if option and group in keys}
     values: dict[str, Any] = {}
-    for key in options:
+    for key in keys:
         if key not in job.choices:
             _put(values, key.split("."), _found(job.values, key.split(".")))
+    if choices.pop("experiment", None):
+        choices = {group: option for group, option in job.choices.items() if option and group != "experiment"}
+        values = {key: value for key, value in job.values.items() if f"{key}." not in _NOT_CHOSEN and key != "resume"}
     defaults = [{_place(group): option} for group, option in choices.items()]
     head = f"# @package _global_\n# {plan.monitor} {best.words()}: the best of {len(plan.jobs)} jobs.\n"
     return head + _dump({"defaults": [*defaults, "_self_"], **values} if defaults else values)

@@ -279,16 +279,23 @@ class Search:
 
     def run(self) -> None:
         """Searches to the end, or until it is stopped."""
-        while self._running or self._more():
-            while self._runner.free and self._more():
-                self._start()
-            if self._halted or self._stop():
-                self._halted = True
-                self._runner.terminate()
-            for outcome in self._runner.ended():
-                self._ended(outcome)
-            self._watch()
-            self._board.look()
+        try:
+            while self._running or self._more():
+                self._go_on()
+        finally:
+            self._runner.terminate()  # whatever has happened, no job goes on alone
+
+    def _go_on(self) -> None:
+        """Starts what can be started, and hears what has ended."""
+        while self._runner.free and self._more():
+            self._start()
+        if self._halted or self._stop():
+            self._halted = True
+            self._runner.terminate()
+        for outcome in self._runner.ended():
+            self._ended(outcome)
+        self._watch()
+        self._board.look()
 
     def results(self) -> list[Outcome]:
         """What became of each job, in the order in which they were drawn; the best with all of its config."""

@@ -16,6 +16,7 @@ from llmtrain.report import printable
 from llmtrain.stop import Stop
 from llmtrain.sweep.board import Board
 from llmtrain.sweep.estimate import expected
+from llmtrain.sweep.launch import Launched
 from llmtrain.sweep.plan import Plan, make_plan, short_keys
 from llmtrain.sweep.pool import Outcome, carry_out, outcome_of, slots
 from llmtrain.sweep.results import conclude
@@ -52,7 +53,8 @@ def run_jobs(plan: Plan, settings: Sweep, trust: Sequence[str]) -> tuple[list[Ou
     """Runs the jobs of a plan and shows them meanwhile; what became of each, and whether a signal came."""
     stop = Stop()
     with stop.listening(), closing(Board(plan, len(slots(settings.jobs)))) as board:
-        return carry_out(plan.jobs, settings, board, trust, stop), stop
+        runner = Launched(plan, settings, trust, stop) if plan.launcher is not None else None
+        return carry_out(plan.jobs, settings, board, trust, stop, runner), stop
 
 
 def exit_code(outcomes: Sequence[Outcome], stop: Stop) -> int:
