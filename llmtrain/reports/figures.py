@@ -15,7 +15,7 @@ from typing import Any
 from llmtrain.knobs import UserError
 from llmtrain.reports import shapes
 from llmtrain.reports.gather import Knob, Study, Trial, predictions
-from llmtrain.table import measured
+from llmtrain.table import cut, measured
 
 INK, SOFT, GRID, PAPER = "#1d2733", "#5b6775", "#e4e8ee", "#ffffff"
 ACCENT, BEST, FAINT = "#0072b2", "#d55e00", "#8a94a3"
@@ -39,6 +39,8 @@ _RUNS = (ACCENT, BEST, "#009e73", "#b3568f", "#8f6b00", "#5f4bb6", INK, "#6b7280
 _WRITTEN = 120
 """Cells up to which a number stands in each."""
 _CLASSES = 60
+_LEGEND = 36
+"""Characters of a name that a legend has room for."""
 _SCALE = "Viridis"
 
 
@@ -159,13 +161,14 @@ def _curves(study: Study, name: str, lines: Sequence[shapes.Curve]) -> Drawing:
         figure.add_scatter(
             x=line.steps,
             y=[value if math.isfinite(value) else None for value in line.values],
-            name=_plain(line.trial.name),
+            name=_plain(cut(line.trial.name, _LEGEND)),
+            meta=_plain(line.trial.name),
             mode="lines+markers" if len(line.steps) <= 30 else "lines",
             marker={"size": 5 if best or few else 3},
             line={"width": 2.4 if best or few or len(lines) == 1 else 1.1, "color": colour},
             opacity=1.0 if best or few or len(lines) == 1 else 0.45,
             showlegend=few or best,
-            hovertemplate="<b>%{fullData.name}</b><br>step %{x}: %{y:.5g}<extra></extra>",
+            hovertemplate="<b>%{meta}</b><br>step %{x}: %{y:.5g}<extra></extra>",
         )
     values = [value for line in lines for value in line.values]
     figure.update_layout(showlegend=len(lines) > 1)

@@ -47,9 +47,9 @@ class Outcome:
         return self.state in ("finished", "diverged")
 
     def value(self, metric: str) -> float:
-        """A metric; NaN where there is none."""
+        """A metric; NaN where there is none, and of what did not come to its end."""
         found = self.metrics.get(metric)
-        return math.nan if found is None or self.state == "diverged" else float(found)
+        return float(found) if found is not None and self.state == "finished" else math.nan
 
 
 class Board(Protocol):
