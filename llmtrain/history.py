@@ -20,7 +20,7 @@ from typing import Any
 from llmtrain import __version__, folder
 from llmtrain.knobs import UserError
 
-STATES = ("running", "finished", "stopped", "diverged", "failed", "killed")
+STATES = ("running", "finished", "stopped", "pruned", "diverged", "failed", "killed")
 _ASIDE = ("run.name", "run.dir", "run.cache", "resume")
 """Knobs that change nothing of what a run comes to, as do all of `log`."""
 _TAILS = (1 << 13, 1 << 18)
@@ -238,6 +238,7 @@ def _record(path: str, names: set[str], name: str, sweep: str | None) -> Record:
     begun = max(started, resumed, again)
     ended = result.get("status") in STATES and _if(_TIME, result.get("ended"), math.inf) >= begun  # not begun again
     state = result["status"] if ended else _state(path, status)
+    state = "pruned" if state == "stopped" and status.get("state") == "pruned" else state  # a search has ended it
     monitor = _if(str, start.get("monitor"), "val_loss")
     if ended:
         step, metrics = _if(int, result.get("step"), 0), _numbers(result.get("metrics"))

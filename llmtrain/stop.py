@@ -17,7 +17,10 @@ class Stop:
 
     Attributes:
         signal: The number of the first signal, or None.
+        patient: Whether later signals change nothing: a cluster sends several where a person would send one.
     """
+
+    patient = False
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -40,6 +43,7 @@ class Stop:
                 signal.signal(number, handler)
 
     def _heard(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal = number
+        elif not self.patient:
             os._exit(128 + number)
-        self.signal = number

@@ -193,9 +193,16 @@ def _against(study: Study, knob: Knob) -> Drawing:
     if knob.scale == "category" and several:
         for at, some in _by_value(study, knob).items():
             figure.add_box(
-                x=[at] * len(some), y=[t.value for t in some], marker={"color": FAINT}, line={"width": 1, "color": FAINT}, fillcolor="rgba(138,148,163,0.14)",
-                boxpoints=False, hoverinfo="skip", width=0.5, showlegend=False,
-            )  # fmt: skip
+                x=[at] * len(some),
+                y=[trial.value for trial in some],
+                marker={"color": FAINT},
+                line={"width": 1, "color": FAINT},
+                fillcolor="rgba(138,148,163,0.14)",
+                boxpoints=False,
+                hoverinfo="skip",
+                width=0.5,
+                showlegend=False,
+            )
     for chosen, colour, size, name in ((False, ACCENT, 7, "run"), (True, BEST, 10, "best point")):
         some = [trial for trial in known if (id(trial) in winners) == chosen]
         figure.add_scatter(

@@ -83,9 +83,14 @@ class Call:
         return self._thread is None or not self._thread.is_alive()
 
     def ids(self) -> dict[int, str]:
-        """What Slurm calls the jobs, by their place, as far as they are submitted: submitit names folders so."""
-        found = (path.name for path in self.notes.glob("*_*") if path.is_dir())
-        return {int(name.rpartition("_")[2]): name for name in found if name.replace("_", "").isdecimal()}
+        """What Slurm calls the jobs, by their place, as far as they are submitted: submitit names folders so.
+
+        An array's are 12_0, 12_1 ..., beside a folder 12 for all of it; a job alone is 12.
+        """
+        names = [path.name for path in self.notes.glob("[0-9]*") if path.is_dir()]
+        array = {int(name.partition("_")[2]): name for name in names if "_" in name}
+        alone = len([*self.notes.glob("*.yaml")]) == 1
+        return array if array or not alone else dict(enumerate(names))
 
     def why(self, place: int) -> str:
         """What the launcher says of a job that it has lost."""
@@ -271,5 +276,5 @@ def _queue() -> set[str] | None:
 
 def _parting(number: int, ids: Sequence[str]) -> str:
     """What is said when jobs are left on a cluster."""
-    them = f"{number} job{'s' * (number != 1)} on the cluster"
-    return f"{them} go on; give the same command again to wait for them, or cancel them: scancel {' '.join(ids)}"
+    them = "1 job on the cluster goes on" if number == 1 else f"{number} jobs on the cluster go on"
+    return f"{them}; give the same command again to wait for the results, or cancel with: scancel {' '.join(ids)}"

@@ -32,7 +32,7 @@ class Outcome:
         metrics: The last of each metric; of those on held-out data the best evaluation's, whose checkpoint stays. On a
             fold they are the last too: the training that follows has nothing held out to choose by.
         error: Why it failed.
-        seconds: What it took, from its last start to the end; 0 where that is not known.
+        seconds: What it took: its last start, or all of its training where that is longer; 0: not known.
     """
 
     job: Job
@@ -109,7 +109,8 @@ def outcome_of(job: Job) -> Outcome:
     except (OSError, ValueError):
         record = {}
     state = status.get("state", "failed")
-    seconds = max(status.get("ended", 0.0) - status.get("started", 0.0), 0.0)
+    last = max(status.get("ended", 0.0) - status.get("started", 0.0), 0.0)
+    seconds = max(last, record.get("seconds") or 0.0)  # the training of all starts together
     best = record.get("best", {}) if "eval.fold" not in job.given else {}
     found = {k: v for k, v in (record.get("metrics", {}) | best).items() if v is not None and k != "step"}
     metrics = found if state != "failed" else {}
@@ -143,7 +144,7 @@ def carry_out(
     for outcome in outcomes.values():
         board.ended(outcome)
     waiting = deque(job for job in jobs if job.number not in outcomes)
-    pool: Runner = runner or _Pool(slots(settings.jobs), trust)
+    pool: Runner = runner or Pool(slots(settings.jobs), trust)
     failures, halt = Counter[int](), False
     while pool.running or (waiting and not halt):
         halt = halt or stop()
@@ -166,11 +167,12 @@ def carry_out(
     return [outcomes.get(job.number, Outcome(job, "waiting")) for job in jobs]
 
 
-class _Pool:
+class Pool:
     """Processes, and the slots that they run in."""
 
     def __init__(self, slots: Iterable[Slot], trust: Sequence[str]):
         self.free, self.running, self._trust = deque(slots), {}, trust
+        self._asked: set[int | None] = set()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["llmtrain.sweep.warm"])
 
@@ -197,12 +199,17 @@ class _Pool:
             found.append(job)
         return found
 
-    def terminate(self) -> None:
-        """Asks all to save and end."""
-        for process, _, _ in self.running.values():
-            if not getattr(process, "asked", False):
-                process.asked = True
+    def end(self, job: Job) -> None:
+        """Asks a job to save and end, once."""
+        for process, other, _ in self.running.values():
+            if other.id == job.id and process.pid not in self._asked:
+                self._asked.add(process.pid)
                 process.terminate()
+
+    def terminate(self) -> None:
+        """Asks all of them."""
+        for _, job, _ in self.running.values():
+            self.end(job)
 
 
 def slots(jobs: int | None) -> list[Slot]:

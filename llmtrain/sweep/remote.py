@@ -92,8 +92,10 @@ def main(path: str) -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     note = read_note(Path(path))
     sys.path += [place for place in note["path"] if place not in sys.path]  # where trusted packages may lie
+    from llmtrain.stop import Stop
     from llmtrain.sweep.worker import Slot, work
 
+    Stop.patient = True
     slot = note["slot"] | {"threads": note["slot"].get("threads") or _threads()}
     work(note["job"], Slot(**slot), note["trust"])
 

@@ -28,8 +28,8 @@ from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.stop import Stop
 from llmtrain.sweep.findings import SearchBoard, conclude_search, show_search
 from llmtrain.sweep.journal import open_study, quiet, sampler_for
-from llmtrain.sweep.plan import Job, Plan, make_plan
-from llmtrain.sweep.pool import Outcome, _Pool, outcome_of, slots
+from llmtrain.sweep.plan import Job, Plan, make_plan, status_of
+from llmtrain.sweep.pool import Outcome, Pool, outcome_of, slots
 from llmtrain.sweep.searching import Searching, aims_of, check_together, read_settings
 from llmtrain.sweep.space import Space, point, read_spaces, size
 
@@ -451,7 +451,8 @@ class _Processes:
     """Runs jobs in processes of their own."""
 
     def __init__(self, config: RunConfig, trust: Sequence[str], monitor: str):
-        self._pool, self._monitor, self._read = _Pool(slots(config.sweep.jobs), trust), monitor, dict[str, int]()
+        self._pruned: set[str] = set()
+        self._pool, self._monitor, self._read = Pool(slots(config.sweep.jobs), trust), monitor, dict[str, int]()
 
     @property
     def free(self) -> bool:
@@ -464,16 +465,17 @@ class _Processes:
         self._pool.start(job)
 
     def ended(self) -> list[Outcome]:
-        return [outcome_of(job) for job in self._pool.ended()]
+        found = [outcome_of(job) for job in self._pool.ended()]
+        for job in (o.job for o in found if o.state == "stopped" and o.job.id in self._pruned):
+            folder.write_json(job.folder / "status.json", status_of(job.folder) | {"state": "pruned"})
+        return found
 
     def progress(self, job: Job) -> list[tuple[int, float]]:
         return [*self._new_values(job)]
 
     def end(self, job: Job) -> None:
-        for process, other, _ in self._pool.running.values():
-            if other.id == job.id and not getattr(process, "asked", False):
-                process.asked = True
-                process.terminate()
+        self._pruned.add(job.id)
+        self._pool.end(job)
 
     def terminate(self) -> None:
         self._pool.terminate()
