@@ -186,8 +186,8 @@ class Checkpoint:
             to fall back on. Lower: less disk.
         best: true: saves whenever an evaluation is the best so far. false: the best of those that were saved
             anyway is kept.
-        other_data: refuse: a run goes on only with the data and the tokenizer that its checkpoint was trained on. allow:
-            also with others, as when files have come; the vocabulary must be as large.
+        other_data: refuse: a run goes on only with the data and the tokenizer that its checkpoint was trained on.
+            allow: also with others, as when files have come; the vocabulary must be as large.
     """
 
     every: Count | None
@@ -341,6 +341,53 @@ class CrossValidation:
     nested: bool
 
 
+@dataclass(frozen=True)
+class Searching:
+    """How values are searched for, with `llmtrain train -m hydra/sweeper=optuna`.
+
+    Args:
+        name: optuna: which sweeper this is.
+        sampler: tpe: draws where good trials are denser than bad ones (Bergstra et al. 2011; Watanabe 2023,
+            arXiv:2304.11127). random: anywhere. grid: every point once; ranges with steps and lists alone. cmaes: from
+            a normal distribution that follows the good trials (Hansen 2016, arXiv:1604.00772); numbers alone gain by
+            it. qmc: from a Sobol sequence, which covers a space more evenly than chance does.
+        n_trials: Trials in all, those of earlier starts among them. Raise: a better find, longer. Lower: done sooner.
+            null: every point of the grid, or as many as `timeout_minutes` allows.
+        timeout_minutes: Minutes of one start after which no trial is begun; those that run go on to their end.
+            Raise: more trials. Lower: fewer. null: no limit.
+        startup_trials: Trials that are drawn at random before tpe or cmaes learns from them, and finished before
+            median prunes. Raise: surer of the whole space. Lower: sooner at what looks good.
+        seed: Start of the draws. Raise or lower: another search. Draws of several jobs at once also depend on which
+            ends first.
+        objectives: Metrics of the validation such as val_loss, and seconds, which is what a trial took. Of several,
+            those trials are shown that no other beats in all of them. null: what `eval.monitor` says.
+        directions: minimize or maximize, for each of the objectives. null: as each metric is known.
+        pruner: none: every trial runs to its end. median: ends those that are worse than the median of the finished
+            ones at the same step. successive_halving: of those that get to a step, one of `reduction` goes on (Li et
+            al. 2020, arXiv:1810.05934). hyperband: the same from several first steps (Li et al. 2018,
+            arXiv:1603.06560).
+        warmup_steps: Optimizer steps before which no trial is pruned. Raise: slow starters get a chance. Lower: bad
+            trials cost less; 0 leaves it to the pruner.
+        interval_steps: Optimizer steps between two looks of median. Raise: fewer. Lower: more, down to one at each
+            evaluation.
+        reduction: Of so many trials one goes on, at each step that successive_halving and hyperband look at. Raise:
+            harder choice, faster. Lower: milder.
+    """
+
+    name: Literal["optuna"]
+    sampler: Literal["tpe", "random", "grid", "cmaes", "qmc"]
+    n_trials: Count | None
+    timeout_minutes: Positive | None
+    startup_trials: Natural
+    seed: Natural
+    objectives: list[str] | None
+    directions: list[Literal["minimize", "maximize"]] | None
+    pruner: Literal["none", "median", "hyperband", "successive_halving"]
+    warmup_steps: Natural
+    interval_steps: Count
+    reduction: Annotated[int, Ge(2)]
+
+
 COMMANDS: dict[str, type] = {"eval": Evaluation, "generate": Generation, "export": Export}
 SECTIONS: dict[str, type] = {
     "run": Run,
@@ -353,6 +400,8 @@ SECTIONS: dict[str, type] = {
     "sweep": Sweep,
     "cv": CrossValidation,
 }
+TOLD = SECTIONS | {"hydra.sweeper": Searching}
+"""The closed sections that `llmtrain explain` tells of."""
 LENGTHS = ("steps", "epochs", "tokens", "minutes")
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from llmtrain.build import GROUPS
 from llmtrain.compose import ALIASES, config_folder
-from llmtrain.config import COMMANDS, SECTIONS, knobs_of
+from llmtrain.config import COMMANDS, TOLD, knobs_of
 from llmtrain.knobs import ConfigError, Misfit, nearest
 from llmtrain.topics import Knob, Topic, command_topic, option_topic, options, resume_knob, section_topic
 
@@ -49,7 +49,7 @@ def explain(argv: Sequence[str]) -> int:
     elif "=" in word:
         group, option = word.split("=", 1)
         _show_topic(console, option_topic(group, option))
-    elif word in SECTIONS:
+    elif word in TOLD:
         _show_topic(console, section_topic(word))
         if word in COMMANDS:
             console.print(f"\nThe settings of the command: llmtrain {word} --help")
@@ -95,7 +95,7 @@ def _show_all(console: Console) -> None:
     )
     for column in ("section", "what it is", "knobs"):
         table.add_column(column, style="cyan" if column == "section" else "", overflow="fold")
-    for name, section in SECTIONS.items():
+    for name, section in TOLD.items():
         table.add_row(name, section_topic(name).summary.split("\n")[0], ", ".join(knobs_of(section)))
     table.add_row("resume", "Whether to go on from a checkpoint.", "resume")
     console.print(table)
@@ -158,19 +158,20 @@ def _where(file: Path) -> str:
 
 def _show_knob(console: Console, key: str) -> None:
     """One knob in full, with its value in every option that has it."""
-    group, _, name = key.partition(".")
+    section = next((name for name in TOLD if key.startswith(f"{name}.")), key.partition(".")[0])
+    group, name = section, key[len(section) + 1 :]
     if key == "resume":
         knob = resume_knob()
         console.print(Text(knob.key, style="bold cyan"), Text(knob.meaning), sep="\n")
         return
     if group in GROUPS:
         topics = [option_topic(group, option) for option in options(group)]
-    elif group in SECTIONS:
+    elif group in TOLD:
         topics = [section_topic(group)]
     elif group in COMMANDS:
         topics = [command_topic(group)]
     else:
-        known = [*GROUPS, *SECTIONS, *COMMANDS, "resume"]
+        known = [*GROUPS, *TOLD, *COMMANDS, "resume"]
         raise ConfigError([Misfit("explain", key, "no such group, section or knob", nearest(key, known + _all_keys()))])
     having = [topic for topic in topics if name in topic.knobs]
     if not having:
@@ -217,13 +218,13 @@ def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
 def complete(word: str) -> int:
     """Prints what there is to ask that begins like this, for tab completion."""
     chosen = [f"{group}={option}" for group in GROUPS for option in options(group)]
-    known = [*GROUPS, *SECTIONS, *COMMANDS, "resume", *chosen, *_all_keys()]
+    known = [*GROUPS, *TOLD, *COMMANDS, "resume", *chosen, *_all_keys()]
     print("\n".join(question for question in dict.fromkeys(known) if question.startswith(word)))
     return 0
 
 
 def _all_keys() -> list[str]:
-    keys = [knob.key for name in SECTIONS for knob in section_topic(name).knobs.values()]
+    keys = [knob.key for name in TOLD for knob in section_topic(name).knobs.values()]
     for group in GROUPS:
         for option in options(group):
             keys += [knob.key for knob in option_topic(group, option).knobs.values()]
@@ -237,7 +238,7 @@ def reference() -> str:
         "",
         "Made by `llmtrain explain --markdown` from the signatures, docstrings and YAML files; do not edit.",
     ]
-    for name in SECTIONS:
+    for name in TOLD:
         topic = section_topic(name)
         lines += ["", f"## Section `{name}`", "", topic.summary, *_markdown_table([topic])]
     lines += ["", "## `resume`", "", resume_knob().meaning]

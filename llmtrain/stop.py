@@ -17,7 +17,7 @@ class Stop:
 
     Attributes:
         signal: The number of the first signal, or None.
-        patient: Whether later signals change nothing: a cluster sends several where a person would send one.
+        patient: Whether later signals change nothing, even after the block: a cluster sends several at once.
     """
 
     patient = False
@@ -39,8 +39,9 @@ class Stop:
         try:
             yield
         finally:
+            done = self.patient and self.signal is not None
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if done else handler)
 
     def _heard(self, number: int, frame: Any) -> None:
         if self.signal is None:

@@ -17,7 +17,7 @@ import yaml
 
 from llmtrain.build import GROUPS, Part, find
 from llmtrain.compose import config_folder
-from llmtrain.config import COMMANDS, SECTIONS, RunConfig, knobs_of
+from llmtrain.config import COMMANDS, TOLD, RunConfig, knobs_of
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest
 
 
@@ -96,12 +96,13 @@ def option_topic(group: str, option: str) -> Topic:
 
 
 def section_topic(name: str) -> Topic:
-    """What there is to say of a closed section of a run's config."""
-    if name == "sample":
-        file = config_folder() / "sample" / "default.yaml"
-        return _topic_of(name, SECTIONS[name], file, _read(file))
+    """What there is to say of a closed section of a config."""
+    own = {"sample": "sample/default.yaml", "hydra.sweeper": "hydra/sweeper/optuna.yaml"}
+    if name in own:
+        file = config_folder() / own[name]
+        return _topic_of(name, TOLD[name], file, _read(file))
     file = config_folder() / "config.yaml"
-    return _topic_of(name, SECTIONS[name], file, _read(file)[name])
+    return _topic_of(name, TOLD[name], file, _read(file)[name])
 
 
 def command_topic(name: str) -> Topic:

@@ -138,7 +138,8 @@ class Launched:
     def start(self, job: Job) -> None:
         """Takes a job, to be handed over at the next look; one that an earlier start left in the queue is awaited."""
         if job.id in self._earlier:
-            self.running[job.number] = self._earlier.pop(job.id)
+            call, place = self.running[job.number] = self._earlier.pop(job.id)
+            call.jobs[place] = job
             return
         slot = self._slots.popleft() if self._alone else Slot()
         self._taken[job.number] = slot

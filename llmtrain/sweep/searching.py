@@ -1,17 +1,14 @@
-"""How a search is done: the knobs of `hydra.sweeper` where it is `optuna`, and the rules that tie them together."""
+"""The knobs of a search, `hydra.sweeper` where it is `optuna`: how they are read, and what ties them together."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from annotated_types import Ge
+from typing import Any
 
 from llmtrain.build import validate
-from llmtrain.config import RunConfig, knobs_of
-from llmtrain.knobs import Count, Misfit, Natural, Positive
+from llmtrain.config import RunConfig, Searching, knobs_of
+from llmtrain.knobs import Misfit
 from llmtrain.metrics import direction
 from llmtrain.sweep.plan import Plan
 from llmtrain.sweep.space import Space
@@ -19,53 +16,6 @@ from llmtrain.sweep.space import Space
 _SECTION = "hydra.sweeper"
 _EXTRA = "is not installed: pip install 'llmtrain[search]'"
 _WORDS = {"min": "minimize", "max": "maximize"}
-
-
-@dataclass(frozen=True)
-class Searching:
-    """How values are searched for, with `llmtrain train -m hydra/sweeper=optuna`.
-
-    Args:
-        name: optuna: which sweeper this is.
-        sampler: tpe: draws where good trials are denser than bad ones (Bergstra et al. 2011; Watanabe 2023,
-            arXiv:2304.11127). random: anywhere. grid: every point once; ranges with steps and lists alone. cmaes: from
-            a normal distribution that follows the good trials (Hansen 2016, arXiv:1604.00772); numbers alone gain by
-            it. qmc: from a Sobol sequence, which covers a space more evenly than chance does.
-        n_trials: Trials in all, those of earlier starts among them. Raise: a better find, longer. Lower: done sooner.
-            null: every point of the grid, or as many as `timeout_minutes` allows.
-        timeout_minutes: Minutes of one start after which no trial is begun; those that run go on to their end.
-            Raise: more trials. Lower: fewer. null: no limit.
-        startup_trials: Trials that are drawn at random before tpe or cmaes learns from them, and finished before
-            median prunes. Raise: surer of the whole space. Lower: sooner at what looks good.
-        seed: Start of the draws. Raise or lower: another search. Draws of several jobs at once also depend on which
-            ends first.
-        objectives: Metrics of the validation such as val_loss, and seconds, which is what a trial took. Of several,
-            those trials are shown that no other beats in all of them. null: what `eval.monitor` says.
-        directions: minimize or maximize, for each of the objectives. null: as each metric is known.
-        pruner: none: every trial runs to its end. median: ends those that are worse than the median of the finished
-            ones at the same step. successive_halving: of those that get to a step, one of `reduction` goes on (Li et
-            al. 2020, arXiv:1810.05934). hyperband: the same from several first steps (Li et al. 2018,
-            arXiv:1603.06560).
-        warmup_steps: Optimizer steps before which no trial is pruned. Raise: slow starters get a chance. Lower: bad
-            trials cost less; 0 leaves it to the pruner.
-        interval_steps: Optimizer steps between two looks of median. Raise: fewer. Lower: more, down to one at each
-            evaluation.
-        reduction: Of so many trials one goes on, at each step that successive_halving and hyperband look at. Raise:
-            harder choice, faster. Lower: milder.
-    """
-
-    name: Literal["optuna"]
-    sampler: Literal["tpe", "random", "grid", "cmaes", "qmc"]
-    n_trials: Count | None
-    timeout_minutes: Positive | None
-    startup_trials: Natural
-    seed: Natural
-    objectives: list[str] | None
-    directions: list[Literal["minimize", "maximize"]] | None
-    pruner: Literal["none", "median", "hyperband", "successive_halving"]
-    warmup_steps: Natural
-    interval_steps: Count
-    reduction: Annotated[int, Ge(2)]
 
 
 def read_settings(found: Mapping[str, Any]) -> tuple[Searching | None, list[Misfit]]:

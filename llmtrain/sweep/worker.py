@@ -77,6 +77,7 @@ def _work_alone(job: Job, slot: Slot, trust: Sequence[str], lock: IO[str]) -> in
 
 def _leave(number: int, frame: Any) -> None:
     """Ends a job that has nothing to save yet, or has saved already; while it trains, the run hears the signal."""
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
