@@ -15,6 +15,11 @@ def short(number: float) -> str:
     return f"{number:.4g}"
 
 
+def held_out(number: float, many: str) -> str:
+    """So many of something held out, as `many` says it; of none that validation is not what it is called."""
+    return f"{many} held out" if number else "nothing held out: validation is of what is learned"
+
+
 def duration(seconds: float) -> str:
     """Seconds as 42 s, 3 min 05 s, or 2 h 10 min."""
     whole = round(seconds)

@@ -164,6 +164,14 @@ def test_a_test_side_is_judged_by_the_same_guess(tmp_path: Path) -> None:
     assert without.test is None and without.test_baseline is None and "test_tokens" not in without.facts
 
 
+def test_where_nothing_is_held_out_what_is_learned_is_judged(tmp_path: Path) -> None:
+    sides = Sides([from_text("a", make_text(300))], [], [])
+    data: Any = prepare(setup(tmp_path, val_fraction=0.0), [lambda: Corpus("some text", sides)], 4)
+    assert np.array_equal(stream(data.val), stream(data.train))
+    assert "nothing held out: validation is of what is learned" in data.words
+    assert data.baseline[1]["loss"] > 0
+
+
 # -- several sources ------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from llmtrain.data.splits import Split, content_keys, split
 from llmtrain.knobs import UserError
 from llmtrain.types import Data, DataSpec, Samples, Setup
+from llmtrain.words import held_out
 
 
 class Rows:
@@ -163,7 +164,8 @@ def _told(samples: Labelled, parts: Split) -> tuple[str, dict[str, Any]]:
     facts: dict[str, Any] = {"about": samples.about, **counts}
     classes = samples.targets.ndim == 1
     words = f"{samples.about}{f', {samples.spec.outputs} classes' if classes else ''}: {counts['train']} to learn from"
-    words += f", {counts['val']} held out" + (f", {counts['test']} for the test" if counts["test"] else "")
+    words += f", {held_out(counts['val'], str(counts['val']))}"
+    words += f", {counts['test']} for the test" if counts["test"] else ""
     more = [*samples.more]
     if parts.duplicates:
         conflicts = _conflicts(samples.keys, samples.targets)

@@ -21,7 +21,7 @@ from llmtrain.data.corpus import PIECE, Broken, Document, Sides, Source, content
 from llmtrain.data.packing import fill, rows_of
 from llmtrain.knobs import UserError
 from llmtrain.types import Data, DataSpec, Samples, Setup
-from llmtrain.words import short
+from llmtrain.words import held_out, short
 
 _FORMAT = 7  # raise it when the files below change their meaning
 _PIECES = max(8, 2 * (os.cpu_count() or 1))
@@ -345,7 +345,7 @@ def _told(
         facts["packing"] = [{"kind": packing, **found._asdict()} for found in fills]
         packed = f", documents packed ({packing}: {'; '.join(found.words() for found in fills)})"
     words = (
-        f"{about}: {short(tokens['train'])} tokens to learn from, {short(tokens['val'])} held out, "
+        f"{about}: {short(tokens['train'])} tokens to learn from, {held_out(tokens['val'], short(tokens['val']))}, "
         + (f"{short(tokens['test'])} for the test, " if "test" in tokens else "")
         + f"vocabulary {meta['vocab']}, {per_token:.2f} bytes per token{_lossy(meta['kept'])}{packed}, "
         + f"SHA-256 {content[:16]}"
