@@ -29,7 +29,7 @@ def test_the_loop_is_timed_beside_a_bare_step(tmp_path: Path) -> None:
 
 
 def test_the_head_is_measured_with_all_logits_and_by_chunks(tmp_path: Path) -> None:
-    words = ["--tokens", "64", "--precision", "fp32", "--part", "model", "--way", "plain", "--chunk", "16"]
+    words = ["--tokens", "2048", "--precision", "fp32", "--part", "model", "--way", "plain", "--chunk", "16"]
     words += ["--rounds", "1", "model.width=16", "model.heads=2"]
     environment = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / "head_memory.py"), *words]

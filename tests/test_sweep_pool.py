@@ -30,10 +30,10 @@ def sweep(*words: str) -> tuple[int, str]:
 
 
 def jobs_in(place: Path) -> dict[str, dict[str, Any]]:
-    """The status of each job of the only sweep in a folder, by what is its own."""
+    """The status of each job of the only sweep in a folder, by its folder."""
     [sweep] = (place / "runs").glob("sweep-*")
     found = sweep.glob("*/status.json")
-    return {path.parent.name[:-9]: json.loads(path.read_text()) | {"folder": path.parent} for path in found}
+    return {path.parent.name: json.loads(path.read_text()) | {"folder": path.parent} for path in found}
 
 
 # -- a sweep of which one job fails ---------------------------------------------------------------------------
@@ -183,6 +183,11 @@ def long_sweep(place: Path) -> list[str]:
     return tiny(place, "-m", *LONG, "train.seed=1,2,3,4", "sweep.jobs=2")
 
 
+def by_seed(place: Path) -> dict[str, dict[str, Any]]:
+    """The same as `jobs_in` without the hash of each job, which holds the path of its data."""
+    return {name.rpartition("-")[0]: job for name, job in jobs_in(place).items()}
+
+
 def running(place: Path) -> list[int]:
     """The processes of the jobs that train now."""
     with contextlib.suppress(OSError, ValueError):
@@ -198,7 +203,7 @@ def steps_of(place: Path) -> int:
 
 def is_whole(place: Path, whole: dict[str, str]) -> None:
     """All jobs are finished, each step was taken once, and the weights are those of jobs that nobody disturbed."""
-    jobs = jobs_in(place)
+    jobs = by_seed(place)
     assert {name: job["state"] for name, job in jobs.items()} == dict.fromkeys(whole, "finished")
     for name, job in jobs.items():
         steps = [line["step"] for line in lines(job["folder"]) if "loss" in line]
@@ -213,7 +218,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     code, said = sweep(*long_sweep(place))
     assert code == 0, said
     model = f"checkpoints/step-{STEPS:08}/model.safetensors"
-    return {name: sha256(job["folder"] / model) for name, job in jobs_in(place).items()}
+    return {name: sha256(job["folder"] / model) for name, job in by_seed(place).items()}
 
 
 def begin(place: Path) -> Process:
