@@ -305,7 +305,7 @@ class Sweep:
             goes on with the same sweep: finished jobs are kept, half-finished ones resumed.
         jobs: Jobs that run at once, each a process of its own; CPU threads are divided among them, and each has a GPU
             to itself where there are as many. Raise: done sooner, until devices and memory are full. Lower: each is
-            faster. null: one for each GPU, or one.
+            faster. null: one for each GPU, or one. With hydra/launcher=submitit_slurm it is how many the cluster runs.
         seeds: Runs of each point, with train.seed and the numbers after it; points are compared by their means. Raise:
             surer, longer. Lower: faster; 1 says nothing of chance.
         zip: Keys whose values go together instead of crossing: sweep.zip=[optim.lr,train.batch_size].

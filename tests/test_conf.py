@@ -29,8 +29,6 @@ ELSEWHERE = {("model", "resnet18"), ("model", "hf"), ("tokenizer", "model"), *NO
 """Options that need larger images, or a folder: tests/test_convolutional.py, tests/test_pretrained.py; or a package."""
 
 
-
-
 def yaml_of(path: str) -> dict[str, Any]:
     return yaml.safe_load((config_folder() / path).read_text(encoding="utf-8"))
 
