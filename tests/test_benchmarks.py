@@ -38,7 +38,7 @@ def test_the_head_is_measured_with_all_logits_and_by_chunks(tmp_path: Path) -> N
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| model, fp32")]
     assert [row[1].strip() for row in rows] == ["plain", "16"]
     plain, chunked = (float(row[2].replace(",", "")) for row in rows)
-    assert 0 < chunked < plain
+    assert chunked < plain / 4  # beyond what is there before: of so small a model maybe nothing
 
 
 def test_regularizers_are_timed_beside_none(tmp_path: Path) -> None:
