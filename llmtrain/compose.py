@@ -33,6 +33,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain.build import GROUPS
+from llmtrain.config import Searching, knobs_of
 from llmtrain.inert import check_searchpath, close_environment, not_data, not_of_a_config
 from llmtrain.knobs import ConfigError, Misfit, nearest
 
@@ -479,5 +480,6 @@ def from_hydra(error: Exception, config_name: str) -> Misfit:
     if unknown := re.search(
         r"(?:override (\S+)\? )?To append to your (?:config|default list) use \+([^=]+)=(.*)", text
     ):
-        return Misfit(unknown[2], unknown[3], "no such knob", unknown[1])
+        settings = [f"hydra.sweeper.{knob}" for knob in knobs_of(Searching)]
+        return Misfit(unknown[2], unknown[3], "no such knob", unknown[1] or nearest(unknown[2], settings))
     return Misfit("config", config_name, text)

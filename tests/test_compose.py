@@ -484,3 +484,10 @@ def test_what_is_wrong_in_one_job_of_a_grid_is_told_there():
     assert len(jobs) == 120
     assert [told(job) for job in jobs[:3]] == [{}, {}, {"optim.lr": "${nowhere}"}]
     assert told(grid("optim.lr=1,'${oc.env:HOME}'")[1]) == {"optim.lr": "${oc.env:HOME}"}
+
+
+def test_a_mistyped_setting_of_a_search_is_guessed():
+    prepare(None)
+    words = ["hydra/sweeper=optuna", "optim.lr=1e-3", "hydra.sweeper.n_trialz=3"]
+    [misfit] = compose_jobs("config", words, multirun=False)[0].misfits
+    assert (misfit.key, misfit.suggestion) == ("hydra.sweeper.n_trialz", "hydra.sweeper.n_trials")
