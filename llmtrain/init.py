@@ -47,6 +47,19 @@ def default(model: nn.Module, *, patterns: dict | None) -> None:
     _initialize(model, patterns, None)
 
 
+def zeros(model: nn.Module, *, patterns: dict | None) -> None:
+    """All matrices, kernels and embeddings zero: for single layers, within another part's patterns.
+
+    A language model whose output layer begins so guesses evenly at the start: init.patterns={output:{name:zeros}}.
+
+    Args:
+        patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
+            command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
+            hold for all inside; the last match counts, and a key without a match is an error.
+    """
+    _initialize(model, patterns, lambda w: nn.init.zeros_(w.tensor))
+
+
 def normal(model: nn.Module, *, std: Positive, embedding_std: Positive | None, patterns: dict | None) -> None:
     """Normal weights, N(0, std^2), whatever a layer's size.
 

@@ -1,9 +1,9 @@
 """Schedules (config group `schedule` and those named `..._schedule`): what multiplies a quantity at each step.
 
 They are pure functions. Each takes the step (0 is the first) and the length of the run in steps, one of them also
-the validation losses so far, oldest first, and returns a number from 0 to 1. All but one_cycle, which has a rise of
-its own, begin with a linear warm-up from 1/warmup to 1. A warm-up that is longer than the run is cut off where the
-run ends. Only the step and the losses are ever saved.
+the validation losses so far, oldest first, and returns a number from 0 to 1. All but one_cycle and ramp, which have a
+rise of their own, begin with a linear warm-up from 1/warmup to 1. A warm-up that is longer than the run is cut off
+where the run ends. Only the step and the losses are ever saved.
 
 What is said of the rate, `optim.lr`, holds for the other quantities that a schedule may move. Lengths with a unit
 become plain ones before a schedule is called (`in_steps`).
@@ -107,6 +107,18 @@ def constant(step: int, steps: int, *, warmup: Length) -> float:
             Raise: calmer start. Lower: faster start; 0 begins at the peak.
     """
     return _warm(step, steps, warmup)[0]
+
+
+def ramp(step: int, steps: int, *, start: Fraction, rise: Length) -> float:
+    """A line from `start` of the peak up to it, and the peak to the end: of a momentum that has to warm up.
+
+    Args:
+        start: Multiplier at the first step. Raise: nearer to the peak from the beginning. Lower: a calmer beginning.
+        rise: Steps (from 1 on) or fraction of the run (below 1) until the peak. Raise: a slower rise. Lower: a
+            faster one; 0 begins at the peak.
+    """
+    length = _count(rise, steps)
+    return _between(1, start, min(step / length, 1.0) if length else 1.0)
 
 
 def cosine(step: int, steps: int, *, warmup: Length, floor: Fraction) -> float:

@@ -159,6 +159,7 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "rope_base": [200.0], "rope_fraction": [1 / 3], "rope_scaling": [3.0], "embedding_scale": [2.0],
     "embedding_norm": [True, False], "segment_types": [0, 1, 2], "dropout": [0.3], "embedding_dropout": [0.3],
     "attention_dropout": [0.3], "stochastic_depth": [0.3], "bias": [True, False], "qkv_bias": [True, False],
+    "value_residual": ["fixed", "learned"], "embedding_shortcut": [True],
     "attention_softcap": [2.0], "logit_softcap": [2.0], "head": ["linear", "transform"], "head_bias": [True, False],
     "pooling": ["first", "last", "mean"], "tied_embeddings": [True, False], "vocab_multiple": [1],
     "published_vocab": [99],

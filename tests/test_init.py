@@ -18,7 +18,7 @@ from llmtrain.knobs import ConfigError
 
 STD = 0.05
 OPTIONS = sorted(parts("init"))
-DRAWN = [name for name in OPTIONS if name != "default"]
+DRAWN = [name for name in OPTIONS if name not in ("default", "zeros")]
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d)
 LAYERS = ["tokens", "conv", "rnn", "body", "body.first", "body.inner", "body.inner.deep", "body.last", "head"]
 
@@ -67,7 +67,7 @@ def near(tensor, std, rel=0.0):
 
 def test_each_option_has_its_file_and_each_file_its_option():
     assert sorted(path.stem for path in (config_folder() / "init").glob("*.yaml")) == OPTIONS
-    assert len(OPTIONS) == 12
+    assert len(OPTIONS) == 13
 
 
 @pytest.mark.parametrize(("name", "tied"), [(n, t) for n in DRAWN for t in (False, True) if not (n == "mup" and t)])
@@ -382,10 +382,34 @@ def test_zero_residual_blocks_pass_on_what_they_get():
     model = initialize("zero_residual", make_gpt(layers=2, width=16), std=STD)
     passed = []
     for block in model.blocks:
-        block.register_forward_hook(lambda block, given, result: passed.append((given[0], result)))
+        block.register_forward_hook(lambda block, given, result: passed.append((given[0], result[0])))
     model(torch.randint(0, 11, (2, 8)))
     assert len(passed) == 2
     assert all(torch.equal(given, result) and given.std() > 0 for given, result in passed)
+
+
+def test_zeros_leave_norms_at_one_and_all_else_at_zero():
+    model = initialize("zeros", Zoo())
+    for key, p in weights_of_torch(model).items():
+        norm = isinstance(model.get_submodule(key.rpartition(".")[0]), NORMS) and "bias" not in key
+        assert torch.all(p == float(norm)), key
+    assert torch.all(model.gate == 7)
+
+
+def test_an_output_layer_of_zeros_guesses_evenly_and_learns():
+    """As a pattern, for what it is meant; the other weights are drawn as without it."""
+    model, plain = (make_gpt(tied_embeddings=False) for _ in range(2))
+    initialize("zero_residual", model, patterns={"output": {"name": "zeros"}})
+    initialize("zero_residual", plain)
+    logits = model(torch.randint(0, 11, (2, 8)))
+    assert torch.all(logits == 0)
+    logits.logsumexp(-1).sum().backward()
+    assert model.output.linear.weight.grad.abs().max() > 0
+    other = dict(plain.named_parameters())
+    for key, p in model.named_parameters():
+        assert torch.equal(p, other[key]) == (key != "output.linear.weight"), key
+    with pytest.raises(ConfigError, match="matches no layer or weight"):
+        initialize("zero_residual", make_gpt(), patterns={"output": {"name": "zeros"}})
 
 
 # Maximal update parametrization

@@ -1,13 +1,24 @@
 """Muon: torch's steps for the matrices, torch's Adam for the rest, and the orthogonal matrix that it comes near."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from test_optim import Toy, make_toy, set_gradients
 from test_optim_steps import STEPS, set_rates
-from toy import make_gpt
+from torch import nn
+from toy import KNOBS as TOY
+from toy import make_gpt, make_windows
 
+from llmtrain.compose import compose_jobs, prepare
+from llmtrain.config import check
+from llmtrain.models.transformer import transformer
 from llmtrain.optim.groups import param_groups
 from llmtrain.optim.muon import Muon, muon
+from llmtrain.pace import Pace, remember, still
+from llmtrain.schedules import ramp
+from llmtrain.types import DataSpec
 
 KNOBS = {
     "lr": 0.05,
@@ -88,7 +99,8 @@ def test_a_step_is_nearly_the_polar_factor(shape, adjust_lr):
     weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     weight.grad = torch.randn(shape, dtype=torch.float64)
     u, sizes, vh = torch.linalg.svd(weight.grad, full_matrices=False)
-    optimizer = muon([{"kind": "shrink", "params": [weight], "names": ["w"]}], **KNOBS | {"adjust_lr": adjust_lr})
+    groups = [{"kind": "shrink", "params": [weight], "names": ["w"], "outputs": []}]
+    optimizer = muon(groups, **KNOBS | {"adjust_lr": adjust_lr})
     optimizer.step()
     rows, columns = shape
     factor = max(1.0, rows / columns) ** 0.5 if adjust_lr == "original" else 0.2 * max(shape) ** 0.5
@@ -99,15 +111,62 @@ def test_a_step_is_nearly_the_polar_factor(shape, adjust_lr):
     assert (turned - values.diag()).abs().max() < 0.03  # bfloat16
 
 
-def test_matrices_that_are_no_embeddings_are_its_own():
-    optimizer = muon(param_groups(make_gpt(tied_embeddings=False)), **KNOBS)
-    own = set(optimizer.param_groups[0]["names"])
-    assert own == {
-        n for n, p in make_gpt(tied_embeddings=False).named_parameters() if p.dim() == 2 and "embed" not in n
-    }
-    assert "output.linear.weight" in own
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_within_a_model_are_its_own(tied):
+    """Neither embeddings nor what makes the outputs, whether the two are one or not."""
+    model = make_gpt(tied_embeddings=tied)
+    optimizer = muon(param_groups(model), **KNOBS)
+    own = {n for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks.")}
+    assert set(optimizer.param_groups[0]["names"]) == own and len(own) == 8
     rates = [(group["kind"], group["lr"]) for group in optimizer.param_groups]
-    assert rates == [("shrink", 0.05), ("keep", 0.02)]
+    assert rates == [("shrink", 0.05), *([] if tied else [("shrink", 0.02)]), ("keep", 0.02)]
+    assert tied or optimizer.param_groups[1]["names"] == ["output.linear.weight"]
+
+
+def last_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+
+
+def branch() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[-1].residual_branches = 2
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "output"),
+    [
+        (lambda: make_gpt(tied_embeddings=False), "output.linear.weight"),
+        (lambda: make_gpt(tied_embeddings=False, head_bias=True), "output.linear.weight"),
+        (make_gpt, None),
+        (lambda: make_gpt(norm="none"), None),  # the last layer of all then ends a branch
+        (lambda: make_gpt(head="transform"), None),
+        (lambda: transformer(DataSpec(vocab=11, context=8, outputs=3), **TOY), "output.linear.weight"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "2.weight"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.Conv1d(4, 2, 1)), None),
+        (last_norm, None),
+        (branch, None),
+        (Toy, None),
+    ],
+)
+def test_what_makes_the_outputs_is_found(make, output):
+    found = [name for group in param_groups(make()) for name in group["outputs"]]
+    assert found == ([] if output is None else [output])
+
+
+def test_an_output_that_is_frozen_is_nobodys():
+    model = make_gpt(tied_embeddings=False)
+    assert all(not group["outputs"] for group in param_groups(model, freeze=["output"]))
+
+
+def test_momentum_can_warm_up_as_its_authors_have_it():
+    """From 0.85 to 0.95 in a line over the first steps, in the groups that a step reads."""
+    optimizer = remember(muon(param_groups(make_gpt()), **KNOBS | {"momentum": 0.95}))
+    pace = Pace(still, momentum=lambda step, steps, losses: ramp(step, steps, start=0.85 / 0.95, rise=20.0))
+    for step, expected in ((0, 0.85), (5, 0.875), (10, 0.9), (20, 0.95), (90, 0.95)):
+        pace.set(optimizer, step, 100, [])
+        assert optimizer.param_groups[0]["momentum"] == pytest.approx(expected)
+        assert optimizer.param_groups[1]["betas"] == (pytest.approx(0.9 * expected / 0.95), 0.95)
 
 
 def test_kernels_and_all_else_go_by_adam():
@@ -121,6 +180,34 @@ def test_kernels_and_all_else_go_by_adam():
     }
 
 
+def test_the_speedrun_begins_with_even_guesses_and_learns():
+    """The experiment scaled down; embeddings and output by Adam, momentum from 0.85 on."""
+    prepare(None)
+    words = ["model.layers=2", "model.width=16", "model.heads=2", "model.context=8", "model.vocab_multiple=1"]
+    [job] = compose_jobs("config", ["experiment=speedrun", *words], multirun=False)
+    config = check(job.values)
+    torch.manual_seed(0)
+    model = config.model.build(DataSpec(vocab=11, context=8, boundary=0))
+    config.init.build(model)
+    optimizer = remember(config.optim.build(param_groups(model)))
+    pace = Pace(config.schedule.bind(), momentum=config.momentum_schedule.bind())
+    windows, losses, momenta = make_windows(), [], []
+    for step in range(30):
+        inputs, targets, _ = windows.take(range(25))
+        loss = F.cross_entropy(model(torch.from_numpy(inputs)).flatten(0, 1), torch.from_numpy(targets).flatten())
+        loss.backward()
+        pace.set(optimizer, step, 30, [])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(11)) and losses[-1] < 0.6 * losses[0]
+    assert momenta[0] == pytest.approx(0.85, abs=1e-3) and momenta[3:] == pytest.approx([0.95] * 27)
+
+
 def test_a_model_without_matrices_or_with_nothing_else():
     assert [g["lr"] for g in muon(param_groups(torch.nn.LayerNorm(3)), **KNOBS).param_groups] == [0.02]
-    assert [g["lr"] for g in muon(param_groups(torch.nn.Linear(2, 2, bias=False)), **KNOBS).param_groups] == [0.05]
+    assert [g["lr"] for g in muon(param_groups(nn.Linear(2, 2, bias=False)), **KNOBS).param_groups] == [0.02]
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), branch())
+    del model[-1][0].bias, model[-1][1].bias
+    assert [g["lr"] for g in muon(param_groups(model), **KNOBS).param_groups] == [0.05]

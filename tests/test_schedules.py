@@ -27,6 +27,7 @@ from llmtrain.schedules import (
     one_cycle,
     plateau,
     polynomial,
+    ramp,
     step,
     wsd,
 )
@@ -91,7 +92,7 @@ def torchs(make, steps, lr=0.3):
 
 
 def test_every_schedule_is_tested_here():
-    assert set(parts("schedule")) == {"constant", *TO_THE_FLOOR, *ABOVE_THE_FLOOR, "one_cycle", "plateau"}
+    assert set(parts("schedule")) == {"constant", "ramp", *TO_THE_FLOOR, *ABOVE_THE_FLOOR, "one_cycle", "plateau"}
     for name, part in parts("schedule").items():
         taken = list(inspect.signature(getattr(schedules, name)).parameters)
         assert taken[: len(part.given)] == ["step", "steps", "losses"][: len(part.given)]
@@ -112,6 +113,18 @@ def choice_of(name, **knobs) -> Choice:
 
 
 # -- each against torch's, or against its formula ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rise", "length"), [(0.25, 10), (7.0, 7), (7.9, 7), (60.0, 60)])
+@pytest.mark.parametrize("start", [0.0, 0.3, 0.895])
+def test_a_ramp_equals_torchs_line(start, rise, length):
+    line = torchs(lambda o: lr_scheduler.LinearLR(o, start or 1e-300, 1.0, total_iters=length), 40)
+    assert multipliers(ramp, 40, start=start, rise=rise) == pytest.approx(line, abs=1e-12)
+
+
+def test_a_ramp_of_no_length_is_at_the_peak():
+    assert multipliers(ramp, 5, start=0.5, rise=0.0) == [1.0] * 5
+    assert ramp(0, 1, start=0.5, rise=0.1) == 1.0
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1, 0.7])
@@ -504,6 +517,7 @@ SMOOTH = {
     "polynomial": 2.0,
     "inverse_sqrt": 10.0,
     "one_cycle": math.pi / 2 / 0.3,
+    "ramp": 1.05,
 }
 """The steepest slope of each preset over its whole time, if it has a steepest."""
 
@@ -514,7 +528,7 @@ def test_there_is_no_jump_where_there_need_be_none(name, steps):
     """Neighbours differ by a slope times a step; restarts jump up, and the root of wsd falls steeply at first."""
     schedule = presets()[name][0]
     values = [schedule(number, steps, []) for number in range(steps)]
-    warmup = round(0.05 * steps) if name not in ("one_cycle", "none") else 0
+    warmup = round(0.05 * steps) if name not in ("one_cycle", "ramp", "none") else 0
     moves = [after - here for here, after in pairwise(values)]
     assert all(move == pytest.approx(1 / warmup) for move in moves[: max(warmup - 1, 0)])
     moves = moves[max(warmup - 1, 0) :]

@@ -269,7 +269,7 @@ def attention_by_hand(model: Transformer, x: torch.Tensor) -> torch.Tensor:
 def test_attention_equals_its_formula():
     model = make_gpt(std=0.5, heads=2).double()
     x = torch.randn(2, 6, 16, dtype=torch.float64)
-    got = model.blocks[0].attention(x)
+    got, _ = model.blocks[0].attention(x)
     torch.testing.assert_close(got, attention_by_hand(model, x), atol=1e-12, rtol=1e-10)
 
 
@@ -444,9 +444,9 @@ def test_dropout_acts_at_each_of_its_places():
     block = model.blocks[0]
     tokens = torch.randint(0, 11, (2, 8))
     x = torch.randn(2, 8, 16)
-    assert not torch.equal(block.attention(x), block.attention(x))
+    assert not torch.equal(block.attention(x)[0], block.attention(x)[0])
     block.attention.dropout = 0.0
-    torch.testing.assert_close(block.attention(x), block.attention(x))
+    torch.testing.assert_close(block.attention(x)[0], block.attention(x)[0])
     model.embedding.dropout.p = 0.0
     for silent in (block.ffn.down, block.attention.out):  # the end of one branch, then that of the other
         kept = {name: value.clone() for name, value in silent.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from toy import KNOBS, make_gpt
 
 from llmtrain import hardware
 from llmtrain.knobs import ConfigError
-from llmtrain.models.layers import BatchNorm, DropPath, alibi_slopes, attend, rotary_angles, rotate, sinusoids
+from llmtrain.models.layers import BatchNorm, DropPath, HeadNorm, alibi_slopes, attend, rotary_angles, rotate, sinusoids
 from llmtrain.models.transformer import Transformer, transformer
+from llmtrain.optim.groups import param_groups
 from llmtrain.types import DataSpec
 
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "reglu")
@@ -38,6 +40,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"attention_softcap": 2.0, "position": "alibi", "window": 4},
     {"norm": "none", "residual_scale": 0.3},
     {"head": "transform", "head_bias": True, "tied_embeddings": False, "vocab_multiple": 8},
+    {"value_residual": "fixed", "heads": 4, "kv_heads": 2, "value_dim": 6},
+    {"value_residual": "learned", "embedding_shortcut": True, "embedding_norm": True, "position": "rope"},
+    {"value_residual": "learned", "embedding_shortcut": True, "norm_place": "post", "layers": 3},
 ]
 named = pytest.mark.parametrize("knobs", VARIANTS, ids=lambda k: ",".join(f"{n}={v}" for n, v in k.items()))
 
@@ -282,17 +287,17 @@ def test_blocks_equal_their_formula(place):
     x = torch.randn(2, 8, 16, dtype=torch.float64)
     n1, n2, attention, ffn = block.norm1, block.norm2, block.attention, block.ffn
     if place == "pre":
-        y = x + 0.7 * attention(n1(x))
+        y = x + 0.7 * attention(n1(x))[0]
         y = y + 0.7 * ffn(n2(y))
     elif place == "post":
-        y = n1(x + 0.7 * attention(x))
+        y = n1(x + 0.7 * attention(x)[0])
         y = n2(y + 0.7 * ffn(y))
     elif place == "sandwich":
-        y = x + 0.7 * block.after1(attention(n1(x)))
+        y = x + 0.7 * block.after1(attention(n1(x))[0])
         y = y + 0.7 * block.after2(ffn(n2(y)))
     else:
-        y = x + 0.7 * (attention(n1(x)) + ffn(n1(x)))
-    torch.testing.assert_close(block(x), y, atol=1e-12, rtol=0)
+        y = x + 0.7 * (attention(n1(x))[0] + ffn(n1(x)))
+    torch.testing.assert_close(block(x)[0], y, atol=1e-12, rtol=0)
     norms = sum(isinstance(m, nn.LayerNorm) for m in block.modules())
     assert norms == {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}[place]
     assert isinstance(model_of(knobs).norm, nn.Identity if place == "post" else nn.LayerNorm)
@@ -337,6 +342,22 @@ def test_batchnorm_keeps_running_statistics():
     assert model.norm.num_batches_tracked == 1 and not torch.equal(model.norm.running_mean, torch.zeros(16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_queries_and_keys_are_normalized_in_their_own_precision(dtype: torch.dtype):
+    """With weights of another, which autocast leaves as they are; a fused kernel would warn and step aside."""
+    norm = HeadNorm(6, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 4, 6).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = norm(x)
+    exact, weight = x.double(), norm.weight.detach().double()
+    want = exact / (exact.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), want, atol=tolerance, rtol=tolerance)
+
+
 def test_stochastic_depth_leaves_out_whole_samples_and_keeps_the_mean():
     path, x = DropPath(0.3).train(), torch.ones(4000, 2, 3)
     torch.manual_seed(0)
@@ -357,13 +378,110 @@ def test_the_finer_dropouts_yield_to_their_own():
     assert (model.embedding.dropout.p, model.blocks[0].attention.dropout, model.blocks[0].dropout.p) == (0.0, 0.2, 0.1)
 
 
+# -- what is read of the first block --------------------------------------------------------------------------
+
+
+def by_hand(model: Transformer, tokens: Tensor, value_residual: str, shortcut: bool) -> Tensor:
+    """A decoder with norms before its branches, learned positions and an output layer of its own, row by row."""
+    W = dict(model.named_parameters())
+    H = model.blocks[0].attention.heads
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], W[f"{name}.weight"], W[f"{name}.bias"], 1e-5)
+    linear = lambda x, name: x @ W[f"{name}.weight"].T + W[f"{name}.bias"]
+    x = first = W["embedding.tokens.weight"][tokens] + W["embedding.positions.weight"][: tokens.size(1)]
+    first_values: list[Tensor] = []
+    for i in range(len(model.blocks)):
+        if shortcut:
+            a, b = W[f"blocks.{i}.shortcut"]
+            x = a * x + b * first
+        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention.qkv").chunk(3, dim=-1)
+        first_values.append(v)
+        if value_residual != "none" and i:
+            own, of_first = W[f"blocks.{i}.attention.mix"] if value_residual == "learned" else (0.5, 0.5)
+            v = own * v + of_first * first_values[0]
+        heads = [t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (q, k, v)]
+        y = softmax_attention(*heads, lambda h, i, j, s: s if j <= i else s - math.inf)
+        x = x + linear(y.transpose(1, 2).flatten(2), f"blocks.{i}.attention.out")
+        hidden = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.ffn.up"), approximate="tanh")
+        x = x + linear(hidden, f"blocks.{i}.ffn.down")
+    return norm(x, "norm") @ W["output.linear.weight"].T
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("value_residual", ["none", "fixed", "learned"])
+def test_values_and_embeddings_of_the_first_block_are_read_by_the_formula(value_residual: str, shortcut: bool):
+    """Values, and the gradients of all parameters."""
+    knobs = {"value_residual": value_residual, "embedding_shortcut": shortcut, "layers": 3, "tied_embeddings": False}
+    model, tokens = model_of(knobs), tokens_of(2, 5)
+    got, want = model(tokens), by_hand(model, tokens, value_residual, shortcut)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    draw, parameters = torch.randn_like(got), dict(model.named_parameters())
+    extra = {name for name in parameters if name.endswith((".mix", ".shortcut"))}
+    mixes = {f"blocks.{i}.attention.mix" for i in (1, 2)} if value_residual == "learned" else set()
+    assert extra == mixes | ({f"blocks.{i}.shortcut" for i in range(3)} if shortcut else set())
+    ours, theirs = (torch.autograd.grad((y * draw).sum(), list(parameters.values())) for y in (got, want))
+    for name, a, b in zip(parameters, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0, msg=name)
+    assert all(ours[list(parameters).index(name)].abs().min() > 1e-4 for name in extra)
+
+
+def test_the_weights_of_both_start_where_they_change_least():
+    """The shortcut at nothing, values at one half of each, like those that are fixed."""
+    torch.manual_seed(0)
+    tokens, spec = tokens_of(2, 8), DataSpec(vocab=11, context=8)
+    plain = transformer(spec, **KNOBS)
+    models = [
+        transformer(spec, **KNOBS | knobs)
+        for knobs in ({"embedding_shortcut": True}, {"value_residual": "fixed"}, {"value_residual": "learned"})
+    ]
+    for model in models:
+        missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+        assert not unexpected and all(name.endswith((".mix", ".shortcut")) for name in missing)
+    shortcut, fixed, learned = (model(tokens) for model in models)
+    assert torch.equal(shortcut, plain(tokens))
+    torch.testing.assert_close(learned, fixed)
+    assert not torch.allclose(fixed, plain(tokens))
+
+
+def test_the_weights_of_both_take_no_decay_and_start_as_they_are():
+    model = make_gpt(value_residual="learned", embedding_shortcut=True, layers=3)
+    groups = param_groups(model)
+    kinds = {name: group["kind"] for group in groups for name in group["names"]}
+    extra = [name for name in kinds if name.endswith((".mix", ".shortcut"))]
+    assert len(extra) == 5 and {kinds[name] for name in extra} == {"keep"}
+    assert sorted(kinds) == sorted(name for name, _ in model.named_parameters())
+    by_name = dict(model.named_parameters())
+    assert all(by_name[name].tolist() == ([0.5, 0.5] if name.endswith("mix") else [1.0, 0.0]) for name in extra)
+
+
+def test_the_weights_of_both_widen_no_numbers():
+    """Under autocast values stay in bfloat16, as attention wants them."""
+    model, seen = make_gpt(value_residual="learned", embedding_shortcut=True), []
+    model.blocks[1].attention.out.register_forward_pre_hook(lambda module, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens_of(2, 8))
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("value_residual", ["fixed", "learned"])
+def test_they_compile_in_one_graph(value_residual: str):
+    model = model_of({"value_residual": value_residual, "embedding_shortcut": True})
+    tokens = tokens_of(2, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-12, rtol=0)
+    draw, parameters = torch.randn(2, 8, 11, dtype=torch.float64), list(model.parameters())
+    ours, theirs = (torch.autograd.grad((m(tokens) * draw).sum(), parameters) for m in (compiled, model))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
 # -- several documents in a sample ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "knobs",
-    [{"position": p} for p in ("learned", "sinusoidal", "alibi", "rope", "none")] + [{"window": 2}, {"kv_heads": 1}],
+    [{"position": p} for p in ("learned", "sinusoidal", "alibi", "rope", "none")]
+    + [{"window": 2}, {"kv_heads": 1}, {"value_residual": "learned", "embedding_shortcut": True}],
 )
 def test_documents_in_one_sample_are_as_each_alone(knobs: dict[str, Any], causal: bool):
     """Values and gradients; documents begin with token 0, the first of a sample maybe in its middle."""

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llmtrain.models.attention import Blocks, attend_by_blocks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -25,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 """Gated activations (Shazeer 2020, arXiv:2002.05202) and what is applied to the gate."""
+
+_BUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _SHORT = 512
 """Tokens up to which attention in bfloat16 on a CPU is faster through plain products (docs/performance.md)."""
@@ -99,7 +104,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | Blocks | None,
     causal: bool,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -108,9 +113,10 @@ def attend(
 
     Args:
         q: (B, H, T, D) queries.
-        k: (B, H, S, D) keys.
-        v: (B, H, S, V) values.
-        mask: Broadcastable to (B, H, T, S): true where a key is seen, or numbers to add to the scores.
+        k: (B, K, S, D) keys; each of the K heads serves H / K of the queries'.
+        v: (B, K, S, V) values.
+        mask: Broadcastable to (B, H, T, S): true where a key is seen, or numbers to add to the scores. Or the blocks
+            that see each other, which go without dropout.
         causal: Without a mask: each token sees itself and those before it.
         dropout: Share of the weights set to zero.
         softcap: Bounds scores smoothly to +-softcap, softcap * tanh(scores / softcap).
@@ -118,10 +124,13 @@ def attend(
     Returns:
         (B, H, T, V).
     """
+    if isinstance(mask, Blocks):
+        return attend_by_blocks(q, k, v, mask, softcap)
+    if k.size(1) != q.size(1):
+        k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and k.size(2) <= _SHORT
     if softcap is None and not short:
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return _by_kernel(q, k, v, mask, causal, dropout)
     if causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     if mask is None:
@@ -129,6 +138,18 @@ def attend(
     elif mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     return _by_products(q, k, v, mask.to(q.dtype), dropout, softcap)
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    """Attention by the fastest kernel that torch has for it.
+
+    But cuDNN's: with a mask and half a block of 128 keys left over, some of its gradients are no numbers
+    (github.com/pytorch/pytorch/issues/196678).
+    """
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    wrong = mask is not None and q.device.type == "cuda" and k.size(2) % 128 == 64
+    with sdpa_kernel(_BUT_CUDNN) if wrong else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, softcap: float | None) -> Tensor:
@@ -147,21 +168,33 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, 
 
 
 class View(NamedTuple):
-    """What tokens see of each other, the same in every layer.
+    """What is the same in every layer: what tokens see of each other, and what was there first.
 
     Attributes:
         mask: See `attend`.
         causal: See `attend`.
         rotary: Cosines and sines (T, R/2) by which queries and keys are turned, or None.
+        start: What the first block is given, (B, T, C), where others read it too.
+        values: The values of the first block, (B, K, T, V), where others take of them.
     """
 
-    mask: Tensor | None = None
+    mask: Tensor | Blocks | None = None
     causal: bool = True
     rotary: tuple[Tensor, Tensor] | None = None
+    start: Tensor | None = None
+    values: Tensor | None = None
 
 
 BACK = View()
 """Each token sees itself and those before it."""
+
+
+class HeadNorm(nn.RMSNorm):
+    """Of queries or keys (..., D), in the precision that they come in: fused kernels take weights of no other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., D) -> (..., D)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 class Attention(nn.Module):
@@ -178,6 +211,7 @@ class Attention(nn.Module):
         dropout: Of the attention weights, in training.
         norm_eps: Of an RMS norm over each query and key (Henry et al. 2020, arXiv:2010.04245); None has none.
         softcap: Bound of the scores, or None.
+        learned_mix: Whether the shares of its own and of the first block's values are learned; else they are halves.
     """
 
     def __init__(
@@ -193,32 +227,34 @@ class Attention(nn.Module):
         dropout: float,
         norm_eps: float | None,
         softcap: float | None,
+        learned_mix: bool = False,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim
         self.dropout, self.softcap = dropout, softcap
         self.qkv = nn.Linear(width, heads * head_dim + kv_heads * (head_dim + value_dim), bias=qkv_bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
+        self.q_norm = HeadNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
+        self.k_norm = HeadNorm(head_dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
         self.out = nn.Linear(heads * value_dim, width, bias=bias)
+        self.mix = nn.Parameter(torch.tensor([0.5, 0.5])) if learned_mix else None
 
-    def forward(self, x: Tensor, view: View = BACK, cache: Cache | None = None) -> Tensor:
-        """X (B, T, C) -> (B, T, C); with a cache, x holds only the tokens that are new to it."""
+    def forward(self, x: Tensor, view: View = BACK, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """X (B, T, C) -> (B, T, C), and its values (B, K, T, V); with a cache, x holds only the tokens new to it."""
         B, T, _ = x.shape
         H, K, D, V = self.heads, self.kv_heads, self.head_dim, self.value_dim
         q, k, v = self.qkv(x).split((H * D, K * D, K * V), dim=-1)
         q = self.q_norm(q.view(B, T, H, D).transpose(1, 2))
         k = self.k_norm(k.view(B, T, K, D).transpose(1, 2))
-        v = v.view(B, T, K, V).transpose(1, 2)
+        own = v = v.view(B, T, K, V).transpose(1, 2)
+        if view.values is not None:
+            v = torch.lerp(v, view.values, 0.5) if self.mix is None else self.mix[0] * v + self.mix[1] * view.values
         if view.rotary is not None:
             q, k = rotate(q, *view.rotary), rotate(k, *view.rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
-        if K != H:
-            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
         dropout = self.dropout if self.training else 0.0
         y = attend(q.type_as(v), k.type_as(v), v, view.mask, view.causal, dropout, self.softcap)
-        return self.out(y.transpose(1, 2).reshape(B, T, H * V))
+        return self.out(y.transpose(1, 2).reshape(B, T, H * V)), own
 
 
 class FeedForward(nn.Module):

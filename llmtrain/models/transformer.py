@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.knobs import Count, Fraction, Natural, Portion, Positive, Share, require
+from llmtrain.models.attention import BLOCK, Blocks, flex_takes, make_blocks
 from llmtrain.models.layers import (
     ACTIVATIONS,
     BACK,
@@ -66,6 +67,8 @@ def transformer(
     stochastic_depth: Fraction,
     bias: bool,
     qkv_bias: bool | None,
+    value_residual: Literal["none", "fixed", "learned"],
+    embedding_shortcut: bool,
     attention_softcap: Positive | None,
     logit_softcap: Positive | None,
     head: Literal["linear", "transform"],
@@ -150,8 +153,14 @@ def transformer(
         bias: true: linear layers and layernorms have a bias, as GPT-2 has. false: none, a little faster.
         qkv_bias: true: queries, keys and values have a bias, whatever the others have. false: they have none.
             null: as bias says.
+        value_residual: Whether blocks after the first share in its values (Zhou et al. 2024, arXiv:2410.17897).
+            none: each has its own alone. fixed: half of each. learned: each block learns the weights of both, which
+            start at a half.
+        embedding_shortcut: true: each block reads a * x + b * x0 with x0 the embeddings as the first block is given
+            them, and learned numbers that start at a = 1 and b = 0. false: x, what the block before it gives.
         attention_softcap: Bounds attention scores by cap * tanh(score / cap), as in Gemma 2. Raise: bounds less.
-            Lower: flatter attention. null: no bound; a bound needs memory for all scores.
+            Lower: flatter attention. null: no bound; a bound needs memory for all scores, but where train.attention
+            goes by blocks.
         logit_softcap: Bounds the output logits in the same way. Raise: bounds less. Lower: never very sure.
             null: no bound.
         head: linear: one matrix after the last norm. transform: a dense layer first, as in BERT: with activation
@@ -232,6 +241,7 @@ def transformer(
                 dropout=dropout if attention_dropout is None else attention_dropout,
                 norm_eps=norm_eps if qk_norm else None,
                 softcap=attention_softcap,
+                learned_mix=value_residual == "learned" and number > 0,
             ),
             FeedForward(width, ffn_width or _usual_ffn_width(width, activation), activation, bias),
             [a_norm() for _ in range(1 if parallel_block else 4 if norm_place == "sandwich" else 2)],
@@ -239,6 +249,7 @@ def transformer(
             scale=residual_scale,
             dropout=dropout,
             drop_path=stochastic_depth * number / max(layers - 1, 1),
+            shortcut=embedding_shortcut,
         )
 
     blocks = [a_block(number) for number in range(layers)]
@@ -270,6 +281,8 @@ def transformer(
         context=context,
         rope=rotary_angles(context, rotated, rope_base, rope_scaling) if position == "rope" else None,
         slopes=alibi_slopes(heads) if position == "alibi" else None,
+        share_start=embedding_shortcut,
+        share_values=value_residual != "none",
     )
     per_row = width * (1 if tied_embeddings or data.outputs else 2) + (head_bias and not data.outputs)
     model.unused_parameters = (padded_vocab - data.vocab) * per_row
@@ -326,12 +339,21 @@ class Sight(NamedTuple):
         window: Only those nearer than this, or None.
         pad: The token that nobody sees, or None.
         boundary: The token that a document begins with, beyond which nobody sees, or None.
+        blocks: Whether attention goes by blocks where it can.
     """
 
     causal: bool
     window: int | None
     pad: int | None
     boundary: int | None = None
+    blocks: bool = False
+
+    def by_blocks(self, tokens: Tensor, slopes: Tensor | None = None) -> Blocks:
+        """As `mask`, for tokens (B, T) with none before them, T a multiple of `BLOCK`."""
+        farthest = (self.window or tokens.size(1)) - 1
+        document = None if self.boundary is None else tokens.eq(self.boundary).cumsum(1, dtype=torch.int32)
+        real = None if self.pad is None else tokens.ne(self.pad)
+        return make_blocks(tokens, (-farthest, 0 if self.causal else farthest), document, real, slopes)
 
     def mask(self, tokens: Tensor, start: int, slopes: Tensor | None = None) -> tuple[Tensor | None, bool]:
         """For tokens (B, T) after `start` others: a mask for `layers.attend`, and whether plainly causal.
@@ -423,6 +445,7 @@ class Block(nn.Module):
         scale: Multiplies each branch.
         dropout: At the end of each branch.
         drop_path: Share of samples that a branch is left out for.
+        shortcut: Whether it reads `View.start` beside its input, with learned weights.
     """
 
     def __init__(
@@ -435,6 +458,7 @@ class Block(nn.Module):
         scale: float,
         dropout: float,
         drop_path: float,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.norm1, self.attention = norms[0], attention
@@ -443,18 +467,24 @@ class Block(nn.Module):
         self.after1, self.after2 = [*norms[2:], nn.Identity(), nn.Identity()][:2]
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.place, self.scale = place, scale
+        self.shortcut = nn.Parameter(torch.tensor([1.0, 0.0])) if shortcut else None
 
-    def forward(self, x: Tensor, view: View = BACK, cache: Cache | None = None) -> Tensor:
-        """X (B, T, C) -> (B, T, C)."""
-        if self.place == "post":
-            x = self.norm1(x + self._branch(self.attention(x, view, cache)))
-            return self.norm2(x + self._branch(self.ffn(x)))
-        read = self.norm1(x)
-        attended = self.after1(self.attention(read, view, cache))
+    def forward(self, x: Tensor, view: View = BACK, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """X (B, T, C) -> (B, T, C), and the values of its attention."""
+        if self.shortcut is not None:
+            assert view.start is not None
+            x = self.shortcut[0] * x + self.shortcut[1] * view.start
+        post = self.place == "post"
+        read = x if post else self.norm1(x)
+        attended, values = self.attention(read, view, cache)
+        if post:
+            x = self.norm1(x + self._branch(attended))
+            return self.norm2(x + self._branch(self.ffn(x))), values
+        attended = self.after1(attended)
         if self.place == "parallel":
-            return x + self._branch(attended + self.ffn(read))
+            return x + self._branch(attended + self.ffn(read)), values
         x = x + self._branch(attended)
-        return x + self._branch(self.after2(self.ffn(self.norm2(x))))
+        return x + self._branch(self.after2(self.ffn(self.norm2(x)))), values
 
     def _branch(self, y: Tensor) -> Tensor:
         y = self.drop_path(self.dropout(y))
@@ -531,8 +561,11 @@ class Transformer(nn.Module):
         context: int,
         rope: Tensor | None,
         slopes: Tensor | None,
+        share_start: bool = False,
+        share_values: bool = False,
     ):
         super().__init__()
+        self.share_start, self.share_values = share_start, share_values
         self.embedding, self.blocks, self.norm, self.output = embedding, nn.ModuleList(blocks), norm, output
         self.sight, self.context, self.causal = sight, context, sight.causal
         self.unused_parameters = 0
@@ -554,11 +587,31 @@ class Transformer(nn.Module):
         start = caches[0].length if caches else 0
         end = start + tokens.size(1)
         rotary = (self.cos[start:end], self.sin[start:end]) if self.rotates else None
-        view = View(*self.sight.mask(tokens, start, self.slopes), rotary)
+        if caches is None and self.takes_blocks(tokens):
+            view = View(self.sight.by_blocks(tokens, self.slopes), False, rotary)
+        else:
+            view = View(*self.sight.mask(tokens, start, self.slopes), rotary)
         x = self.embedding(tokens, start)
+        if self.share_start:
+            view = view._replace(start=x)
         for i, block in enumerate(self.blocks):
-            x = block(x, view, caches[i] if caches else None)
+            x, values = block(x, view, caches[i] if caches else None)
+            if i == 0 and self.share_values:
+                view = view._replace(values=values)
         return self.norm(x)
+
+    def fit_attention(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Lets attention go by blocks where a mask or a cap would keep the fast kernels of a device away."""
+        layers = self._attentions()
+        plain = self.sight._replace(causal=True, blocks=False) == Sight(True, None, None) and self.slopes is None
+        special = not plain or any(layer.softcap is not None for layer in layers)
+        sizes = {size for layer in layers for size in (layer.head_dim, layer.value_dim)}
+        self.sight = self.sight._replace(blocks=special and flex_takes(device, dtype, sizes))
+
+    def takes_blocks(self, tokens: Tensor) -> bool:
+        """Whether attention over tokens (B, T) goes by blocks: they must be whole, and have no dropout."""
+        dropped = self.training and any(layer.dropout for layer in self._attentions())
+        return self.sight.blocks and tokens.size(1) % BLOCK == 0 and not dropped
 
     @property
     def token_head(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
@@ -571,8 +624,10 @@ class Transformer(nn.Module):
     def make_caches(self, batch: int) -> list[Cache]:
         """An empty cache for each layer, for generating up to `context` tokens one at a time."""
         like = self.embedding.tokens.weight
-        layers = [b.attention for b in self.blocks if isinstance(b, Block)]
-        return [Cache(batch, a.kv_heads, self.context, a.head_dim, a.value_dim, like) for a in layers]
+        return [Cache(batch, a.kv_heads, self.context, a.head_dim, a.value_dim, like) for a in self._attentions()]
+
+    def _attentions(self) -> list[Attention]:
+        return [block.attention for block in self.blocks if isinstance(block, Block)]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.types import ParamGroups as ParamGroups
@@ -35,7 +35,7 @@ def param_groups(
 
     Returns:
         Groups of `params` and `names` in the model's order, of the kind `shrink` or `keep`, with the multipliers
-        `lr_scale` and `decay`. No group is empty.
+        `lr_scale` and `decay`, and `outputs`, the names of those that make the model's outputs. No group is empty.
 
     Raises:
         ConfigError: If a glob fits no parameter, nothing is left to train, or there are no blocks to go by.
@@ -43,6 +43,7 @@ def param_groups(
     _check(model, {"lr_scale": lr_scale or {}, "decay_scale": decay_scale or {}, "freeze": freeze}, layer_decay)
     depths = _depths(model) if layer_decay != 1 else {}
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    output = _output_matrix(model)
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for kind in ("shrink", "keep"):
         for name, parameter in model.named_parameters():
@@ -53,10 +54,12 @@ def param_groups(
                 continue
             scale = _last_match(lr_scale or {}, name, 1.0) * layer_decay ** depths.get(id(parameter), 0)
             share = _last_match(decay_scale or {}, name, 1.0 if shrinks else 0.0)
-            new = {"kind": kind, "lr_scale": scale, "decay": share, "params": [], "names": []}
+            new = {"kind": kind, "lr_scale": scale, "decay": share, "params": [], "names": [], "outputs": []}
             group = groups.setdefault((kind, scale, share), new)
             group["params"].append(parameter)
             group["names"].append(name)
+            if parameter is output:
+                group["outputs"].append(name)
     return list(groups.values())
 
 
@@ -68,6 +71,14 @@ def decaying(params: ParamGroups, weight_decay: float) -> ParamGroups:
 def fused(groups: ParamGroups) -> bool:  # not `params`: what takes those alone is an optimizer
     """Whether torch's one-kernel update can take these parameters."""
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
+
+
+def _output_matrix(model: nn.Module) -> Tensor | None:
+    """The matrix of the last layer, if that is linear and ends no residual branch."""
+    layers = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    if not layers or not isinstance(layers[-1], nn.Linear) or hasattr(layers[-1], "residual_branches"):
+        return None
+    return layers[-1].weight
 
 
 def _last_match(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:

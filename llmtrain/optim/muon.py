@@ -34,9 +34,8 @@ def muon(
     """Muon: each matrix steps along the orthogonal matrix nearest to its momentum (Jordan et al. 2024).
 
     m = momentum * m + (1 - momentum) g; w = w - lr * U V^T, where m = U S V^T; Newton-Schulz iterations in bfloat16
-    come near U V^T without an SVD (kellerjordan.github.io/posts/muon). Embeddings, kernels, biases and norms take
-    Adam's step with the rate adam_lr. The output matrix of a head that is not tied counts as a matrix, though the
-    authors leave it to Adam.
+    come near U V^T without an SVD (kellerjordan.github.io/posts/muon). Embeddings, the matrix that makes a model's
+    outputs, kernels, biases and norms take Adam's step with the rate adam_lr, as the authors have it.
 
     Args:
         lr: Step size of the matrices at the peak of the schedule. Raise: faster, then divergence. Lower: stabler,
@@ -74,11 +73,14 @@ def muon(
 
 
 def _only(params: ParamGroups, *, matrices: bool) -> ParamGroups:
-    """The groups with nothing but their matrices that shrink, or with everything else; none that is empty."""
+    """The groups with nothing but the matrices within a model, or with everything else; none that is empty."""
     kept = []
     for group in params:
-        shrinks = group["kind"] == "shrink"
-        chosen = [i for i, p in enumerate(group["params"]) if (shrinks and p.dim() == 2) == matrices]
+        within = [
+            group["kind"] == "shrink" and p.dim() == 2 and name not in group["outputs"]
+            for p, name in zip(group["params"], group["names"], strict=True)
+        ]
+        chosen = [i for i, one in enumerate(within) if one == matrices]
         if chosen:
             kept.append(group | {key: [group[key][i] for i in chosen] for key in ("params", "names")})
     return kept
