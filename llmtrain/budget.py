@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -18,17 +18,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain.chunked import in_chunks
-from llmtrain.config import RunConfig
+from llmtrain.clipping import clip
+from llmtrain.config import RunConfig, Train
+from llmtrain.distributed import world
 from llmtrain.hardware import blank
+from llmtrain.masters import Masters
 from llmtrain.models.layers import Attention, FeedForward
 from llmtrain.models.transformer import Embedding
 from llmtrain.optim.groups import param_groups
 from llmtrain.pace import Moment
+from llmtrain.precision import Precision
+from llmtrain.recompute import recompute
+from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.types import Batch, DataSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -191,38 +198,67 @@ def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
         spec: The data's.
         device: Where the run would be; its kernels are those that count.
     """
-    train, autocast, loss = config.train, config.precision.build(device).autocast, config.loss.bind()
+    train, precision, loss = config.train, config.precision.build(device), config.loss.bind()
     with FakeTensorMode(), torch.device(device), _Living() as living:
         model = config.model.build(spec).train()
         groups = param_groups(model, **vars(config.params))
+        masters = Masters(model, groups, precision.rounding) if precision.rounding is not None else None
         optimizer = config.optim.build(groups)
         regularizer = config.regularization.build(model, groups)
+        recompute(model, train.recompute)
         compute = in_chunks(model, loss, train.head_chunk) if train.head_chunk else partial(_summed, model, loss)
-        batch = blank_batch(spec, train.batch_size // train.accumulate, loss)
-        owned = _storages([*model.parameters(), *model.buffers(), *batch])
-        living.copied = owned.keys()
-        trained = [p for group in groups for p in group["params"]]
+        whole = blank_batch(spec, train.batch_size // world(), loss)
+        batch = Batch(*(t[: train.batch_size // (train.pieces * world())] for t in whole))
+        living.owned = _storages([*model.parameters(), *model.buffers(), *whole]).keys()
+        trained = [p for p in model.parameters() if p.requires_grad]
         for p in trained:
             p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        living.peak = living.now
-        for _ in range(min(train.accumulate, 2)):  # from the second on, gradients are there already
-            with _saved(owned) as saved, autocast():
-                summed = compute(*batch)
-            activations = _bytes(saved)
-            casts = _bytes({key: saved[key] for key in living.copies & saved.keys()})
-            saved.clear()
-            summed.backward()
-        del summed
+        _update(optimizer, regularizer, masters, train)
+        living.recount()
+        passes = partial(_gradients, compute, batch, min(train.pieces, 2), precision, living)
+        activations, casts = passes()
+        if regularizer.uphill is not None:
+            with regularizer.uphill():
+                passes()
         gradients = _bytes(_storages([p.grad for p in trained if p.grad is not None]))
-        regularizer.add_gradients()
-        regularizer.before_update(_SOME)
-        optimizer.step()
-        regularizer.after_update(_SOME)
+        _update(optimizer, regularizer, masters, train)
         state = _bytes(_storages([s for kept in optimizer.state.values() for s in tree_leaves(kept)]))
         weights, buffers = _bytes(_storages([*model.parameters()])), _bytes(_storages([*model.buffers()]))
     return Memory(weights, buffers, gradients, state, activations, casts, living.peak)
+
+
+def _gradients(
+    compute: Callable[..., Tensor],
+    batch: Batch,
+    times: int,
+    precision: Precision,
+    living: _Living,
+) -> tuple[int, int]:
+    """Forward and backward pass; bytes that are kept between both, and of these the copies of what is owned."""
+    for _ in range(times):  # from the second on, gradients are there already
+        before = living.now
+        with precision.autocast():
+            summed = compute(*batch)
+        activations, casts = living.now - before, living.copied()
+        summed.backward()
+        del summed
+    return activations, casts
+
+
+def _update(optimizer: Optimizer, regularizer: Regularizer, masters: Masters | None, train: Train) -> None:
+    """What the loop does once gradients are there, as far as it takes memory."""
+    with masters.lifted() if masters is not None else nullcontext():
+        norms = regularizer.add_gradients()
+        moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([norms.get(p, p.grad) for p in moved])
+        if train.grad_clip is not None:
+            clip(moved, train.clip_by, train.grad_clip, norm)
+        regularizer.before_update(_SOME)
+        optimizer.step()
+        regularizer.after_update(_SOME)
+        optimizer.zero_grad(set_to_none=True)
+    if (average := regularizer.average) is not None:
+        average.update(average.first(_SOME.steps), _SOME.steps)
 
 
 def _summed(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -249,65 +285,64 @@ def _bytes(storages: dict[int, Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
-@contextmanager
-def _saved(owned: dict[int, Tensor]) -> Iterator[dict[int, Tensor]]:
-    """Collects what is saved for the backward pass, each piece of memory once and without what is owned anyway."""
-    found: dict[int, Tensor] = {}
-    seen = weakref.WeakValueDictionary[int, Tensor]()  # what is gone by the end is not kept by looking at it
-
-    def pack(t: Tensor) -> Tensor:
-        if _key(t) not in owned:
-            seen[_key(t)] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield found
-    found.update(seen)
-
-
 class _Living(TorchDispatchMode):
     """Adds up the bytes of all tensors that live, now and at most.
 
     Where a number is asked for that nobody computed, such as an optimizer's count of steps, it is told some number.
+    Storages that are emptied and filled again, as those of `Masters`, count as what they hold when an operation meets
+    them.
 
     Attributes:
         now: Bytes that live.
         peak: The most that lived at once.
-        copied: What is owned, by key.
-        copies: What was made by changing the type of that and lives, by key.
+        owned: What is there anyway, by key.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.copied: Set[int] = frozenset()
-        self.copies: set[int] = set()
-        self._known: set[int] = set()
+        self.owned: Set[int] = frozenset()
+        self._copies: set[int] = set()
+        self._sizes: dict[int, int] = {}
+        self._living = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             result = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
             return _some_number(args[0].dtype)
-        for leaf in tree_leaves(result):
+        for leaf in tree_leaves((args, result)):  # what was given may have been filled since it was last seen
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())
-        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self.copied:
-            self.copies.add(_key(result))
+        if func is torch.ops.aten._to_copy.default and _key(args[0]) in self.owned:
+            self._copies.add(_key(result))
+        if func is torch.ops.aten._linalg_eigh.default and args[0].is_cpu:  # LAPACK works on two matrices beside it
+            self.peak = max(self.peak, self.now + 2 * args[0].size(-1) ** 2 * args[0].element_size())
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            weakref.finalize(storage, self._gone, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
+        if key not in self._sizes:
+            weakref.finalize(storage, self._gone, key)
+            self._living[key] = storage
+        elif self._sizes[key] == size:
+            return
+        self.now += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.copies.discard(key)
-        self.now -= size
+    def copied(self) -> int:
+        """Bytes of what was made by changing the type of what is owned, and lives."""
+        return sum(self._sizes[key] for key in self._copies)
+
+    def recount(self) -> None:
+        """What was emptied since it was last seen counts no more."""
+        for storage in list(self._living.values()):
+            self._see(storage)
+
+    def _gone(self, key: int) -> None:
+        self._copies.discard(key)
+        self.now -= self._sizes.pop(key)
 
 
 def _some_number(dtype: torch.dtype) -> bool | int | float:

@@ -61,6 +61,12 @@ def _find(argv: list[str]) -> int:
     return find(argv)
 
 
+def _bench(argv: list[str]) -> int:
+    from llmtrain.commands import bench
+
+    return bench(argv)
+
+
 def _runs(argv: list[str]) -> int:
     from llmtrain.listing import runs
 
@@ -94,6 +100,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "show": (_show, "layers, FLOPs and memory:    llmtrain show model=bert_large"),
     "data": (_data, "look at data:                llmtrain data inspect data=digits"),
     "find": (_find, "a rate, a micro-batch:       llmtrain find lr model=gpt_nano"),
+    "bench": (_bench, "how fast this machine is:    llmtrain bench model=gpt_small"),
     "runs": (_runs, "which runs there are:        llmtrain runs --sort metric --limit 10"),
     "diff": (_diff, "runs side by side:           llmtrain diff runs/ONE runs/TWO"),
     "report": (_report, "one page about runs:         llmtrain report runs/SWEEP"),

@@ -50,7 +50,7 @@ class Length:
 
     def samples_in(self, steps: int) -> int:
         """Samples that a run of so many steps takes; those of a very long run are estimated."""
-        most, at = self._train.accumulate, range(0, steps, -(-steps // _EXACT))
+        most, at = self._train.pieces, range(0, steps, -(-steps // _EXACT))
         pieces = sum(self.pace.pieces(most, step, steps, ()) for step in at)
         return round(pieces / len(at) * steps * self._train.batch_size / most)
 

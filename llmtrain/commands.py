@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -73,6 +74,20 @@ of the memory may be taken, 0.8 of a CPU's and 0.95 of a GPU's unless you say.
   llmtrain find batch model=gpt_small train.batch_size=256  prints train.accumulate=...
   llmtrain find batch data=digits model=mlp --json          the same as JSON
 """
+_BENCH_USAGE = """usage: llmtrain bench [GROUP=OPTION ...] [KEY=VALUE ...] [steps=N] [seconds=8] [warmup=5]
+                      [start=false] [--json]
+
+How fast this machine takes the steps of what `llmtrain train` would train with the same words: tokens per second, what
+each part of a step takes, how far that is from what the machine can do, memory, and what starting takes. The data is
+the real one; the learning rate is 0, so that no loss diverges. Nothing is kept.
+
+  llmtrain bench model=gpt_small                    about half a minute
+  llmtrain bench model=gpt_small train.compile=model       also what compiling takes, with an empty cache and a full one
+  llmtrain bench seconds=60 start=false             longer, and the steps alone
+  llmtrain bench --json                             the same as JSON
+
+llmtrain explain bench tells of its knobs.
+"""
 _CV_USAGE = """usage: llmtrain cv [GROUP=OPTION ...] [KEY=VALUE ...] [folds=5] [choose=best|one_se] [nested=true]
                    [--dry-run]
 
@@ -128,8 +143,7 @@ def _search(name: str, draw: Draw, options: argparse.Namespace) -> int:
 
 def cv(argv: list[str]) -> int:
     """`llmtrain cv`: chooses among the points of a grid by cross-validation."""
-    short = tuple(f"{knob}=" for knob in knobs_of(SECTIONS["cv"]))
-    options = _parse("cv", [f"cv.{word}" if word.startswith(short) else word for word in argv])
+    options = _parse("cv", _short("cv", argv))
     name = options.config_name or "config"
     if options.shell_completion:
         return _complete(name, options)
@@ -202,6 +216,33 @@ def find(argv: list[str]) -> int:
     return _look("find", rest, _FIND_USAGE, f"goes with train; find {action} looks at one run", tell)
 
 
+def bench(argv: list[str]) -> int:
+    """`llmtrain bench`: how fast this machine takes the steps of what `train` would train with the same words."""
+    flags = argparse.ArgumentParser(prog="llmtrain bench", add_help=False, allow_abbrev=False)
+    flags.add_argument("--since", type=float, default=None)  # how a measured start is told when it began
+    given, rest = flags.parse_known_args(argv)
+    if given.since is not None:
+        import torch  # noqa: F401
+
+    loaded = time.monotonic()
+    words = _short("bench", rest)
+
+    def tell(config: RunConfig, origin: Any, as_json: bool, png: str | None) -> int:
+        from llmtrain.bench import bench, start
+
+        if given.since is not None:
+            return start(config, origin, given.since, loaded)
+        return bench(config, origin, as_json, words)
+
+    return _look("bench", words, _BENCH_USAGE, "goes with train; bench measures one run", tell)
+
+
+def _short(section: str, argv: Sequence[str]) -> list[str]:
+    """The words of a command whose own section may be left out of its keys: `folds=5` for `cv.folds=5`."""
+    known = tuple(f"{knob}=" for knob in knobs_of(SECTIONS[section]))
+    return [f"{section}.{word}" if word.startswith(known) else word for word in argv]
+
+
 def _look(
     command: str,
     argv: list[str],
@@ -232,7 +273,7 @@ def _look(
     job = compose_jobs(name, options.overrides, False)[0]
     looks = options.cfg or options.info or options.hydra_help
     config = _check_jobs([job], options.trust, parts=not looks, only=only)[0]
-    return _show(name, options) if looks else tell(config, _origin(job), options.json, options.png)
+    return _show(name, options) if looks else tell(config, _origin(job), options.json, getattr(options, "png", None))
 
 
 def evaluate(argv: list[str]) -> int:
@@ -277,8 +318,9 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trust", action="append", default=[], help="a package whose parts may run")
     if command in ("train", "cv"):
         parser.add_argument("--dry-run", action="store_true", help="checks and lists the jobs, and starts none")
-    if command in ("show", "data", "find"):
+    if command in ("show", "data", "find", "bench"):
         parser.add_argument("--json", action="store_true", help="for programs")
+    if command in ("show", "data", "find"):
         parser.add_argument("--png", metavar="FILE", help="a picture of what is shown")
     shown = next(action.choices for action in parser._actions if action.dest == "info") or ()
     pairs = zip(argv, [*argv, ""][1:], strict=True)  # an override may follow --info, which would take it

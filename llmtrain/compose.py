@@ -49,7 +49,7 @@ SEARCH = "optuna"
 """The sweeper of `conf/hydra/sweeper` that searches."""
 _BASIC_LAUNCHER = f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
-_OF_ALL = ("sweep.", "cv.", "run.dir", "run.cache", "hydra")
+_OF_ALL = ("sweep.", "cv.", "bench.", "run.dir", "run.cache", "hydra")
 _ONE_FOR_ALL = "is one for all jobs, and cannot be swept"
 UNREADABLE = (yaml.YAMLError, HydraException, OmegaConfBaseException, OSError, ValueError)
 """What is raised for YAML files that cannot be read or composed."""

@@ -49,7 +49,9 @@ class Train:
         batch_size: Samples per optimizer step over all devices. Raise: less noisy gradients and better use of
             the device, more memory, fewer steps per token. Lower: noisier steps, more of them per token.
         accumulate: Micro-batches that one batch is split into; gradients are added up before the step. Raise:
-            less memory, somewhat slower. Lower: more memory, faster. Never changes the mathematics.
+            less memory, somewhat slower. Lower: more memory, faster. Never changes the mathematics, but for batch norm,
+            which goes by micro-batches. auto: as few as are foreseen to fit into the memory that the device has free.
+            When a step runs out of memory at the start of a run, there are more of them than that.
         packing: How the documents of a text become samples. stream: they follow one another, and every `context` tokens
             are a sample. best_fit: each sample begins with a document, and documents are put together so that as few
             as can be are cut (Ding et al. 2024, arXiv:2404.10830). single: each document begins a sample of its own,
@@ -71,8 +73,25 @@ class Train:
         head_chunk: Tokens whose logits are held at a time, in training and evaluation; the head takes a micro-batch
             chunk by chunk, each with its gradients. Raise: faster, more memory. Lower: less memory, which is much for
             large vocabularies; somewhat slower. null holds all. Results change by rounding only.
+        recompute: Share of the blocks of a model whose activations are computed again in the backward pass instead of
+            being kept (Chen et al. 2016, arXiv:1604.06174), the first blocks; with train.compile=model the compiler
+            chooses what is, up to that share. Raise: less memory; at 1 a step takes about a third longer. Lower:
+            faster; 0 keeps all. Results are the same bit by bit, and when compiled but for rounding.
         compile: off: plain PyTorch. block: compiles each block of the model, which starts sooner. model:
-            compiles the whole model with its loss, which is fastest per step. Both need a C++ compiler on CPU.
+            compiles the whole model with its loss, which is fastest per step. Both need a C++ compiler on CPU. auto:
+            model for a model that can be and a run long enough to pay for it, else off.
+        compile_mode: What torch.compile goes for, by torch's own names. default: kernels without trials.
+            reduce-overhead: a step is recorded and replayed as CUDA graphs, which pays where the GPU waits for the
+            host, as it does for small models; it needs memory of its own. max-autotune-no-cudagraphs: tries several
+            kernels for each product, minutes of compiling for some percent of a step. max-autotune: both.
+        profile: true: three of the first steps are written down, operation by operation, to profile/trace.json.gz in
+            the run's folder, which https://ui.perfetto.dev shows; the closing table names what took longest. These
+            steps are slower. false: nothing is.
+        attention: auto: where a mask or a cap keeps the fastest kernels away (documents apart, a window, padding,
+            alibi, a softcap), a GPU in bf16 or fp16 goes by blocks of 128 tokens and leaves out those that nobody sees,
+            with torch's flex_attention, which is compiled at the first step; this takes samples of whole blocks, no
+            attention dropout and train.buckets=1. sdpa: torch's scaled_dot_product_attention everywhere, with a mask
+            for every pair of tokens. Results change by rounding only.
         seed: Start of every random number (weights, data order, dropout). Raise or lower: another draw; the
             same seed on the same machine gives the same run, bit by bit on CPU.
         device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
@@ -85,17 +104,26 @@ class Train:
     tokens: Count | None
     minutes: Positive | None
     batch_size: Count
-    accumulate: Count
+    accumulate: Count | Literal["auto"]
     packing: Literal["stream", "best_fit", "single"]
     balance: Annotated[float, Ge(0), Le(1)]
     buckets: Count
     grad_clip: Positive | None
     clip_by: Literal["norm", "value", "adaptive"]
     head_chunk: Count | None
-    compile: Literal["off", "block", "model"]
+    recompute: Annotated[float, Ge(0), Le(1)]
+    compile: Literal["auto", "off", "block", "model"]
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
+    profile: bool
+    attention: Literal["auto", "sdpa"]
     seed: Natural
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Ge(1), Le(1024)] | None
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches in a batch; 1 where that is still to be picked."""
+        return 1 if self.accumulate == "auto" else self.accumulate
 
 
 @dataclass(frozen=True)
@@ -342,6 +370,27 @@ class CrossValidation:
 
 
 @dataclass(frozen=True)
+class Benching:
+    """How `llmtrain bench` measures.
+
+    Args:
+        warmup: Steps before those that count, the first of which compile and take memory. Raise: surer that all is
+            settled. Lower: done sooner. One is enough once they take as long as `seconds` says.
+        seconds: How long whole steps are measured, three at least; steps taken apart get half of it. Raise: surer,
+            also of rare slow steps. Lower: done sooner.
+        steps: Whole steps to measure, and as many taken apart. Raise: surer. Lower: done sooner. null: as many as fit
+            into `seconds`.
+        start: true: also starts the run anew in a process of its own, to tell what starting takes; where the config
+            compiles in two, the first with an empty cache. false: does not.
+    """
+
+    warmup: Count
+    seconds: Positive
+    steps: Count | None
+    start: bool
+
+
+@dataclass(frozen=True)
 class Searching:
     """How values are searched for, with `llmtrain train -m hydra/sweeper=optuna`.
 
@@ -399,6 +448,7 @@ SECTIONS: dict[str, type] = {
     "sample": Sample,
     "sweep": Sweep,
     "cv": CrossValidation,
+    "bench": Benching,
 }
 TOLD = SECTIONS | {"hydra.sweeper": Searching}
 """The closed sections that `llmtrain explain` tells of."""
@@ -424,6 +474,7 @@ class RunConfig:
     sample: Sample
     sweep: Sweep
     cv: CrossValidation
+    bench: Benching
     model: Choice
     optim: Choice
     loss: Choice

@@ -1,19 +1,12 @@
-"""`llmtrain find`: a learning rate and a size of micro-batches for a run, found by taking a few of its steps.
-
-Each try is made as `run.train` makes a run and taken through `loop.fit`, so what is measured is what will be trained:
-the same batches in the same order, precision, compilation, regularizer and clipping. No weights, checkpoints or logs
-are kept.
-"""
+"""`llmtrain find`: a learning rate and a size of micro-batches for a run, found by taking a few of its steps."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,21 +16,17 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from llmtrain import budget
 from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
-from llmtrain.display import Screen, figure, page, plotted, printed, save_figure, tabular
+from llmtrain.display import figure, page, plotted, printed, save_figure, tabular
 from llmtrain.gauges import Gauge, gauge_of, out_of_memory
 from llmtrain.knobs import ConfigError, Misfit, UserError
-from llmtrain.loop import Job, Length, due, fit
-from llmtrain.metrics import Goal
+from llmtrain.loop import Job, due, fit
 from llmtrain.optim.groups import param_groups
 from llmtrain.pace import Pace
-from llmtrain.run import counted, make, make_job, prepare_data, settle, task_of
-from llmtrain.story import Origin, Scene
-from llmtrain.tasks import Task
-from llmtrain.types import Data
+from llmtrain.story import Origin
+from llmtrain.trial import Silent, Trial, trying
 from llmtrain.words import short
 
 _BETA = 0.98
@@ -50,69 +39,6 @@ _ROWS, _COLUMNS = 12, 72
 _MARKS = {"steep": "s", "tenth": "m"}
 _TRIAL, _MOST_STEPS = 1.0, 20
 """Seconds and steps that a size of micro-batches is timed for; two steps at the least."""
-
-
-# -- taking steps of a run ------------------------------------------------------------------------------------
-
-
-class _Silent:
-    """A watcher that tells nobody."""
-
-    def measured(self, step: int, metrics: dict[str, float]) -> None:
-        """A step was taken."""
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Nothing was."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What a run is made of before there is a model: models are made on it anew, and take some of the run's steps."""
-
-    config: RunConfig
-    origin: Origin
-    data: Data
-    task: Task
-    device: torch.device
-    screen: Screen
-
-    def make(self, config: RunConfig, steps: int) -> tuple[TrainState, Job]:
-        """A model with the weights of the config's seed, and the job of taking so many steps with it.
-
-        Each step is for the watcher, who is still to be named. The rate stands still, as does what other schedules
-        move; nothing is judged or saved.
-        """
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what was compiled for a former model counts against how often it may be
-        precision = config.precision.build(self.device)
-        state, regularizer = make(config, self.task.asked(self.data.spec), self.device, precision)
-        train = replace(config.train, steps=steps, epochs=None, tokens=None, minutes=None)
-        length = Length(train, len(self.data.train), self.data.spec.context, Pace(lambda *_: 1.0))
-        given = (self.data, self.task, self.device, precision, state.model, length, self.screen)
-        job = make_job(Scene(Path(), config, self.origin, *given), regularizer, _Silent(), lambda: False)
-        return state, replace(
-            job,
-            evaluate=lambda: {"val_loss": 0.0},
-            save=lambda state: None,
-            log_every=1,
-            eval_every=steps,
-            save_every=None,
-            save_best=False,
-            goal=Goal(),
-        )
-
-
-@contextmanager
-def _bench(config: RunConfig, origin: Origin, quiet: bool) -> Iterator[Bench]:
-    screen = Screen()
-    if quiet:
-        screen.console.quiet, screen.live_wanted = True, False
-    try:
-        device = settle(config)
-        data = prepare_data(config, screen)
-        yield Bench(config, origin, data, task_of(config, data), device, screen)
-    finally:
-        screen.close()
 
 
 # -- the learning rate ----------------------------------------------------------------------------------------
@@ -188,9 +114,9 @@ def find_lr(
     _check_range(low, high, steps, seeds)
     _check_rate(config.optim)
     rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
-    with _bench(config, origin, as_json) as bench:
-        bench.screen.begin(steps * seeds, 0)
-        found = [_rise(bench, config.train.seed + i, rates, i * steps, steps * seeds) for i in range(seeds)]
+    with trying(config, origin, as_json) as trial:
+        trial.screen.begin(steps * seeds, 0)
+        found = [_rise(trial, config.train.seed + i, rates, i * steps, steps * seeds) for i in range(seeds)]
     hints = [hint(rise) for rise in found]
     if png is not None:
         _paint(found, hints, _title(config, origin), Path(png).expanduser())
@@ -219,7 +145,7 @@ def swept(state: TrainState, job: Job, rates: Sequence[float], told: Callable[[i
     return Rise(list(rates[: len(watcher.losses)]), watcher.losses, watcher.curve, why, whole, len(rates) // 10)
 
 
-class _Rising(_Silent):
+class _Rising(Silent):
     """Keeps the losses, and says when there is no use in going on."""
 
     def __init__(self, told: Callable[[int, dict], None] | None):
@@ -276,15 +202,15 @@ def hint(rise: Rise) -> Hint:
     return Hint(rates[steep], rates[lowest] / 10, warnings)
 
 
-def _rise(bench: Bench, seed: int, rates: list[float], before: int, steps: int) -> Rise:
-    config = replace(bench.config, train=replace(bench.config.train, seed=seed))
-    screen, every = bench.screen, 1 if bench.screen.live_wanted else max(len(rates) // 10, 1)
+def _rise(trial: Trial, seed: int, rates: list[float], before: int, steps: int) -> Rise:
+    config = replace(trial.config, train=replace(trial.config.train, seed=seed))
+    screen, every = trial.screen, 1 if trial.screen.live_wanted else max(len(rates) // 10, 1)
 
     def told(step: int, metrics: dict[str, float]) -> None:
         if due(step, every):
             screen.measured(before + step, metrics, steps)
 
-    state, job = bench.make(config, len(rates))
+    state, job = trial.make(config, len(rates))
     return swept(state, job, rates, told)
 
 
@@ -506,14 +432,14 @@ def find_batch(
     _refuse(
         {"--share": (right, share, "must be above 0 and at most 1"), "--png": (png is None, png, "goes with find lr")}
     )
-    with _bench(config, origin, as_json) as bench:
-        share = share if share is not None else (0.95 if bench.device.type == "cuda" else 0.8)
-        gauge = gauge_of(bench.device, share)
-        tries = _tried(bench, gauge)
+    with trying(config, origin, as_json) as trial:
+        share = share if share is not None else (0.95 if trial.device.type == "cuda" else 0.8)
+        gauge = gauge_of(trial.device, share)
+        tries = _tried(trial, gauge)
     if as_json:
-        print(json.dumps(_plain_sizes(config, bench, gauge, share, tries), indent=2))
+        print(json.dumps(_plain_sizes(config, trial, gauge, share, tries), indent=2))
     else:
-        printed(lambda console: _tell_sizes(bench, gauge, share, tries, console))
+        printed(lambda console: _tell_sizes(trial, gauge, share, tries, console))
     return 0 if any(one.fits for one in tries) else 1
 
 
@@ -542,53 +468,51 @@ def foreseen(measured: Sequence[tuple[int, int]], size: int) -> float:
     return peak + max(peak - less, 0) / (largest - before) * (size - largest)
 
 
-def _tried(bench: Bench, gauge: Gauge) -> list[Try]:
+def _tried(trial: Trial, gauge: Gauge) -> list[Try]:
     """All sizes that were tried, in their order."""
-    whole, tries = bench.config.train.batch_size, list[Try]()
+    whole, tries = trial.config.train.batch_size, list[Try]()
     sizes = [size for size in range(1, whole + 1) if whole % size == 0]
 
     def fits(size: int) -> bool:
-        bench.screen.preparing(f"micro-batches of {size}", len(tries), len(sizes)) if bench.screen.live_wanted else None
-        tries.append(_try(bench, gauge, size, [(t.size, t.peak) for t in tries if t.fits and t.peak is not None]))
-        if not bench.screen.live_wanted:
-            bench.screen.say(_words(tries[-1], bench.data.spec.unit))
+        trial.screen.preparing(f"micro-batches of {size}", len(tries), len(sizes)) if trial.screen.live_wanted else None
+        tries.append(_try(trial, gauge, size, [(t.size, t.peak) for t in tries if t.fits and t.peak is not None]))
+        if not trial.screen.live_wanted:
+            trial.screen.say(_words(tries[-1], trial.data.spec.unit))
         return tries[-1].fits
 
     search(sizes, min(1, len(sizes) - 1), fits)  # 2, if it can be: some norms cannot take a single sample
-    bench.screen.prepared()
+    trial.screen.prepared()
     return sorted(tries, key=lambda one: one.size)
 
 
-def _try(bench: Bench, gauge: Gauge, size: int, measured: Sequence[tuple[int, int]]) -> Try:
-    train = bench.config.train
-    config = replace(bench.config, train=replace(train, accumulate=train.batch_size // size))
+def _try(trial: Trial, gauge: Gauge, size: int, measured: Sequence[tuple[int, int]]) -> Try:
+    train = trial.config.train
+    config = replace(trial.config, train=replace(train, accumulate=train.batch_size // size))
     watcher = _Timed()
     try:
         gauge.reset()
-        expected = None if gauge.guarded else _expected(config, bench, gauge, size, measured)
+        expected = None if gauge.guarded else _expected(config, trial, gauge, size, measured)
         if expected is not None and expected > gauge.room:
-            return Try(size, config.train.accumulate, round(expected), None, "foreseen to be too large")
-        state, job = bench.make(config, _MOST_STEPS)
+            return Try(size, config.train.pieces, round(expected), None, "foreseen to be too large")
+        state, job = trial.make(config, _MOST_STEPS)
         still = Pace(lambda *_: 0.0)  # weights that stay where they are cannot diverge
         fit(state, replace(job, pace=still, watcher=watcher, stop=watcher.enough))
     except (RuntimeError, ValueError, MemoryError) as error:
         if out_of_memory(error):
-            return Try(size, config.train.accumulate, None, None, "out of memory")
+            return Try(size, config.train.pieces, None, None, "out of memory")
         raise UserError(f"a step in micro-batches of {size} fails: {str(error).splitlines()[0]}") from error
-    speed = train.batch_size * bench.data.spec.context / watcher.seconds() if watcher.times[1:] else None
-    return Try(size, config.train.accumulate, gauge.peak(), speed, "fits")
+    speed = train.batch_size * trial.data.spec.context / watcher.seconds() if watcher.times[1:] else None
+    return Try(size, config.train.pieces, gauge.peak(), speed, "fits")
 
 
-def _expected(config: RunConfig, bench: Bench, gauge: Gauge, size: int, measured: Sequence[tuple[int, int]]) -> float:
+def _expected(config: RunConfig, trial: Trial, gauge: Gauge, size: int, measured: Sequence[tuple[int, int]]) -> float:
     """The peak of a size that was not tried: by those of others, or by a step of tensors without contents."""
     if measured:
         return foreseen(measured, size)
-    loss = counted(config.loss, bench.task, bench.data)
-    needed = budget.memory(replace(config, loss=loss), bench.task.asked(bench.data.spec), bench.device)
-    return gauge.peak() + needed.peak
+    return gauge.peak() + trial.foreseen(config).peak
 
 
-class _Timed(_Silent):
+class _Timed(Silent):
     """Keeps the seconds of each step, and says when there have been enough."""
 
     def __init__(self) -> None:
@@ -622,8 +546,8 @@ def _best(tries: Sequence[Try]) -> tuple[Try | None, Try | None]:
     )
 
 
-def _tell_sizes(bench: Bench, gauge: Gauge, share: float, tries: list[Try], console: Console) -> None:
-    unit, (largest, fastest) = bench.data.spec.unit, _best(tries)
+def _tell_sizes(trial: Trial, gauge: Gauge, share: float, tries: list[Try], console: Console) -> None:
+    unit, (largest, fastest) = trial.data.spec.unit, _best(tries)
     table = tabular(">micro-batch", ">train.accumulate", ">peak memory", f">{unit}/s", "")
     for one in tries:
         peak = f"{short(one.peak)}B" if one.peak is not None else ""
@@ -631,9 +555,9 @@ def _tell_sizes(bench: Bench, gauge: Gauge, share: float, tries: list[Try], cons
         told = [word for word, best in (("largest", largest), ("fastest", fastest)) if one is best]
         table.add_row(str(one.size), str(one.accumulate), peak, speed, " and ".join(told) if one.fits else one.outcome)
     note = [f"Most that may be taken: {short(gauge.room)}B, {share:.0%} of {gauge.source}."]
-    if bench.config.train.buckets > 1:
+    if trial.config.train.buckets > 1:
         note.append("With train.buckets the longest samples may be still to come: leave some memory.")
-    page(console, f"a batch of {bench.config.train.batch_size} samples in micro-batches", table, "\n".join(note))
+    page(console, f"a batch of {trial.config.train.batch_size} samples in micro-batches", table, "\n".join(note))
     if largest is None:
         console.print(Text("No size fits. Take a smaller model or context, or optim and precision with less memory."))
         return
@@ -645,13 +569,13 @@ def _tell_sizes(bench: Bench, gauge: Gauge, share: float, tries: list[Try], cons
     page(console, "to use", table, "")
 
 
-def _plain_sizes(config: RunConfig, bench: Bench, gauge: Gauge, share: float, tries: list[Try]) -> dict[str, Any]:
+def _plain_sizes(config: RunConfig, trial: Trial, gauge: Gauge, share: float, tries: list[Try]) -> dict[str, Any]:
     largest, fastest = _best(tries)
     return {
         "batch_size": config.train.batch_size,
-        "device": bench.device.type,
+        "device": trial.device.type,
         "limit": {"bytes": gauge.room, "share": share, "source": gauge.source},
-        "unit": bench.data.spec.unit,
+        "unit": trial.data.spec.unit,
         "tries": [asdict(one) for one in tries],
         "largest": largest and asdict(largest),
         "fastest": fastest and asdict(fastest),

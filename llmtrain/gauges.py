@@ -99,6 +99,14 @@ class Host:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free(device: torch.device) -> tuple[int, str]:
+    """Bytes that this process could still take on a device, and what says so."""
+    if device.type != "cuda":
+        return available()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept, f"what {torch.cuda.get_device_name(device)} has free"
+
+
 def available() -> tuple[int, str]:
     """Bytes that this process could still take, and what says so: its control group, or the machine."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "the memory of this machine"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
+from llmtrain import compiler
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.types import DataSpec
 
@@ -33,6 +35,10 @@ _PEAKS = {
     "RTX 4090": {torch.bfloat16: 165e12, torch.float16: 165e12, torch.float32: 82.6e12},
     "RTX 3090": {torch.bfloat16: 71e12, torch.float16: 71e12, torch.float32: 35.6e12},
 }
+
+
+_SMALL = 20_000_000
+"""Parameters up to which a model is made in full only to be asked for shapes."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -87,9 +93,42 @@ def blank(spec: DataSpec, batch: int = 1) -> Tensor:
     return torch.zeros(batch, *spec.shape) if spec.shape else torch.zeros(batch, spec.context, dtype=torch.long)
 
 
+def outlined(build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.device]:
+    """A model to be asked for shapes, and the device for what it is asked with: small ones on the CPU, others on meta.
+
+    A pass on the meta device costs nothing but imports torch's compiler and sympy, which takes more than a second; one
+    sample through a small model takes milliseconds. Leaves random numbers as they stood.
+    """
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    with meta, _Undrawn():
+        model = build()
+    if sum(p.numel() for p in model.parameters()) > _SMALL:
+        return model, meta
+    with cpu, torch.random.fork_rng(devices=[]):
+        return build(), cpu
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no numbers: on the meta device that would import the compiler, too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__ or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *others: Any, **more: Any) -> int:
+    """Of the kernel of CPUs, which torch's counter leaves out."""
+    return sdpa_flop_count(q, k, v)
+
+
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 def count_flops(model: nn.Module, inputs: Tensor) -> int:
     """FLOPs of one forward pass over `inputs`, by torch's counter; on the meta device nothing is computed."""
-    counter = FlopCounterMode(display=False)
+    compiler.never_compiled(_FlopCounterMode.__torch_dispatch__)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:  # the counter would hook into a gradient that there is none of
         parameter.requires_grad_(False)
@@ -100,18 +139,29 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def forward_flops(build: Callable[[], nn.Module], spec: DataSpec) -> int:
+    """FLOPs of one sample's forward pass through the model that is built."""
+    model, where = outlined(build)
+    with where:
+        return count_flops(model.eval(), blank(spec))
+
+
 def eagerly() -> AbstractContextManager:
     """Where compiled models run as plain PyTorch: for shapes that change from call to call."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes a second
+    if not compiler.is_there():
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def attention_backend(model: nn.Module, inputs: Tensor, autocast: Any) -> str | None:
-    """The attention kernel that a forward pass over `inputs` takes, seen as it is dispatched; None without one.
+    """The attention kernel that a forward pass over `inputs` takes; None without one.
+
+    That of blocks is what the model says, any other is seen as it is dispatched.
 
     Leaves no trace: random numbers go on where they stood, else a resumed run would draw other ones.
     """
+    if (takes_blocks := getattr(model, "takes_blocks", None)) and takes_blocks(inputs):
+        return "flex"
     names: list[str] = []
 
     class Seen(TorchDispatchMode):
@@ -124,6 +174,18 @@ def attention_backend(model: nn.Module, inputs: Tensor, autocast: Any) -> str | 
         model(inputs)
     found = next((n for n in names if "_scaled_dot_product_" in n), None)
     return found and found.split("_scaled_dot_product_")[1].split("::")[0].removesuffix("_attention")
+
+
+def cudnn_trouble() -> str | None:
+    """What torch has against the cuDNN that it found, or None.
+
+    An older one on LD_LIBRARY_PATH shadows torch's own: nothing fails, but attention is slower on Hopper.
+    """
+    try:
+        torch.backends.cudnn.version()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, model: nn.Module, rows: int) -> float:
@@ -140,6 +202,39 @@ def product_rate(device: torch.device, dtype: torch.dtype, model: nn.Module, row
         a @ b
     _wait(device)
     return 2.0 * rows * width * out * repeats / (time.perf_counter() - start)
+
+
+def square_rate(
+    device: torch.device, dtype: torch.dtype, seconds: float = 1.0, size: int | None = None
+) -> tuple[int, float]:
+    """Rows of a large square matrix, and the FLOP/s of its product with another, measured for some time.
+
+    Of random numbers: a GPU draws less power for ones, and so is faster at them than it ever is at work.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return size, _rate(lambda: a @ b, 2.0 * size**3, device, seconds)
+
+
+def copy_rate(device: torch.device, seconds: float = 0.5, size: int | None = None) -> tuple[int, float]:
+    """Bytes of a tensor too large for caches, and the bytes per second, read and written ones, of copying it."""
+    size = size or (2**30 if device.type == "cuda" else 2**28)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return size, _rate(lambda: target.copy_(source), 2.0 * size, device, seconds)
+
+
+def _rate(call: Callable[[], object], amount: float, device: torch.device, seconds: float) -> float:
+    """What a call does per second, when it is called again and again for some time; three times at least."""
+    call()  # the first one sets things up
+    _wait(device)
+    repeats, start, spent = 0, time.perf_counter(), 0.0
+    while spent < seconds or repeats < 3:
+        for _ in range(3):
+            call()
+        _wait(device)
+        repeats, spent = repeats + 3, time.perf_counter() - start
+    return amount * repeats / spent
 
 
 def _wait(device: torch.device) -> None:

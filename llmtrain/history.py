@@ -112,6 +112,11 @@ def begin(
     folder.write_json(place / "run.json", told)
 
 
+def amend(place: Path, more: Mapping[str, Any]) -> None:
+    """Writes more into `run.json`, in the place of what was there under the same names."""
+    folder.write_json(place / "run.json", {**_json(place / "run.json"), **more})
+
+
 def find(roots: Iterable[str | Path]) -> list[Record]:
     """All runs in some folders, however deep; links are not followed.
 

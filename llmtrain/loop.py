@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.checkpoint import TrainState
 from llmtrain.clipping import clip
@@ -22,6 +22,11 @@ from llmtrain.pace import Moment, Pace
 from llmtrain.precision import Precision
 from llmtrain.regularization.average import in_place_of
 from llmtrain.regularization.regularizer import Regularizer
+from llmtrain.retry import Before, smaller
+from llmtrain.tracing import Trace
+
+_TRIED = 3
+"""Steps of a start that may be taken anew: the first has no optimizer's state yet, the second needs the most."""
 
 
 class Watcher(Protocol):
@@ -49,6 +54,7 @@ class Job:
         regularizer: Acts on weights and gradients beside the loss.
         pace: Schedules of learning rate, momentum, weight decay and batch size.
         precision: Number formats.
+        replays: Whether each call of `loss` may write over the gradients that the last one made, as CUDA graphs do.
         length: How long to train.
         grad_clip: Where gradients are cut, or None.
         clip_by: How: norm, value or adaptive.
@@ -60,6 +66,9 @@ class Job:
         amount_per_sample: Tokens in one sample, or 1 where samples are counted.
         unit: What that amount is counted in.
         stop: Becomes true when a signal asks to stop.
+        trace: Is told where steps and their parts begin.
+        halved: Is told of the step, from 0, since which micro-batches are cut into `loader.pieces`, for it ran out of
+            memory; this is done at the start of training alone. None: nothing is cut, and the run ends.
     """
 
     loader: Loader
@@ -81,6 +90,9 @@ class Job:
     clip_by: Literal["norm", "value", "adaptive"] = "norm"
     stop: Callable[[], bool] = field(default=lambda: False)
     goal: Goal = field(default=Goal())
+    replays: bool = False
+    trace: Trace = field(default=Trace())
+    halved: Callable[[int], None] | None = None
 
 
 def fit(state: TrainState, job: Job) -> str:
@@ -96,17 +108,20 @@ def fit(state: TrainState, job: Job) -> str:
     state.model.train()
     clock, ahead, costs = Clock(state.seconds, state.step, state.samples), Ahead(job.loader), _costs(state, job.goal)
     last = state.step >= job.length.steps(state.step, clock.seconds()) or job.goal.missed(costs)
+    tried = state.step + _TRIED
     with _collector_held():
         while not last:
+            job.trace.step()
             steps = max(job.length.steps(state.step, clock.seconds()), state.step + 1)
             now = job.pace.set(state.optimizer, state.step, steps, state.losses)
-            with clock.loading():
+            with clock.loading(), job.trace.part("data"):
                 batch = ahead.take(state.samples, _pieces(state, job, now.step, steps))
-            loss = _gradients(state, job, batch)
+            loss = (_gradients if state.step >= tried else _first_gradients)(state, job, batch)
             state.samples += batch.samples
-            with clock.loading():  # read and copied while the device computes
+            with clock.loading(), job.trace.part("data"):  # read and copied while the device computes
                 ahead.read(state.samples, _pieces(state, job, now.step + 1, steps))
-            outcome = _update(state, job, now, loss)
+            with job.trace.part("optimizer"):
+                outcome = _update(state, job, now, loss)
             if outcome == "diverged":
                 return outcome
             applied = outcome == "applied"
@@ -193,6 +208,18 @@ def judged(state: TrainState) -> AbstractContextManager:
     return in_place_of(state.average()) if state.average is not None else nullcontext()
 
 
+def _first_gradients(state: TrainState, job: Job, batch: Step) -> Tensor:
+    """As `_gradients`; where memory runs out, they and all that follow are made of smaller micro-batches."""
+    if job.halved is None:
+        return _gradients(state, job, batch)
+    size, before = len(batch.micro[0][0]), Before(state.model, job.loader.device)
+    loss, pieces = smaller(lambda n: _gradients(state, job, batch.cut(n)), size, 1, before.restore)
+    if pieces > 1:
+        job.loader.pieces *= pieces
+        job.halved(state.step)
+    return loss
+
+
 def _gradients(state: TrainState, job: Job, batch: Step) -> Tensor:
     """Makes the gradients of a step and returns the loss where the weights are."""
     loss = _backward(state, job, batch)
@@ -205,13 +232,23 @@ def _gradients(state: TrainState, job: Job, batch: Step) -> Tensor:
 def _backward(state: TrainState, job: Job, batch: Step) -> Tensor:
     """Adds up the gradients of all micro-batches, divided once by the targets that count; returns the loss."""
     count = max(total_count(batch.targets, job.loader.device), 1)
-    sums = []
+    sums: list[Tensor] = []
     for micro in batch.micro:
-        with job.precision.autocast():
+        with job.trace.part("forward"), job.precision.autocast():
             summed = job.loss(*micro)
-        state.scaler.scale(summed / count).backward()
+        with job.trace.part("backward"):
+            state.scaler.scale(summed / count).backward()
+        if job.replays and not sums and len(batch.micro) > 1:
+            _own_gradients(state.model)
         sums.append(summed.detach())
     return total(torch.stack(sums).sum() if len(sums) > 1 else sums[0]) / count
+
+
+def _own_gradients(model: nn.Module) -> None:
+    """Moves gradients to where no replay writes, so that those of more micro-batches can be added to them."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> Literal["applied", "skipped", "diverged"]:

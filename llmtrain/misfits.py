@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from llmtrain import folder, hardware
 from llmtrain.build import SCHEDULES, Choice
+from llmtrain.compiler import REPLAYING, uncompilable
 from llmtrain.config import RunConfig, Train
 from llmtrain.data.order import buckets_of, can_be_cut
 from llmtrain.distributed import world
@@ -21,7 +22,9 @@ from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.losses import balanced_knobs
 from llmtrain.optim.groups import param_groups
 from llmtrain.pace import has_decay, has_momentum
+from llmtrain.picks import MOST_COMPILED
 from llmtrain.precision import Precision
+from llmtrain.recompute import unblocked
 from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.run import provisional, provisional_loss, setup_for
 from llmtrain.schedules import in_steps
@@ -31,8 +34,6 @@ from llmtrain.types import DataSpec
 _LARGEST_BATCH = 1 << 20
 _ASKS_NUMBERS = {"classification": False, "regression": True, "probabilistic_regression": True, "counts": True}
 """Whether a task asks for quantities; others take what there is."""
-_MOST_COMPILED = 7
-"""Lengths that torch compiles a block for, which is one less than it would, for the whole length is judged as well."""
 _SAMPLES = 1000
 """In an epoch of data that nobody has read."""
 
@@ -75,17 +76,25 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
     for group in SCHEDULES:
         with told.of(group):
             _ask_schedule(getattr(config, group), config, known)
-    model = None
+    model, where = None, torch.device("cpu")
     against = _Told()
-    with against.of("model"), torch.device("meta"):
-        model = _ask(config.model, task.asked(known) if task is not None else known)
+    with against.of("model"):
+        if config.model is not None:
+            part, asked = config.model, task.asked(known) if task is not None else known
+            model, where = hardware.outlined(lambda: part.build(asked))
+    with against.of("model"), where:
         if model is not None and spec is not None and task is not None:
             told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
+            told += _unblocked(config.train, model)
             told += _inseparable(config.train, model) + _unshortened(config.train, model, spec)
+            told += _uncompiled(config.train, model)
     # what data is not known to be cannot be held against a model: it is told of the data already
     told += [misfit for misfit in against if spec is not None or misfit.key != "model.name"]
-    with torch.device("meta"):
+    with where:
         optimizer, regularizer = _ask_update(config, model, told)
+        if model is not None and precision is not None and precision.convert is not None:
+            with told.of("precision"):
+                precision.convert(model)
     return told + _idle(config, optimizer) + _at_odds(precision, optimizer, regularizer)
 
 
@@ -145,7 +154,7 @@ def _sizes(config: RunConfig) -> list[Misfit]:
         return []
     if train.batch_size > _LARGEST_BATCH:
         return [Misfit("train.batch_size", train.batch_size, f"must be at most {_LARGEST_BATCH}")]
-    if train.batch_size % (train.accumulate * world()) == 0:
+    if train.batch_size % (train.pieces * world()) == 0:
         return []
     rule = f"must be a multiple of train.accumulate ({train.accumulate})" + (" x devices" if world() > 1 else "")
     return [Misfit("train.batch_size", train.batch_size, rule)]
@@ -167,7 +176,7 @@ def _idle(config: RunConfig, optimizer: Optimizer | None) -> list[Misfit]:
     decays = config.regularization is None or config.regularization.values.get("weight_decay")
     if optimizer is not None and not has_decay(optimizer) and not decays:
         rules["weight_decay_schedule"] = "moves a weight decay, and there is none; set regularization.weight_decay"
-    if config.train is not None and config.train.accumulate == 1:
+    if config.train is not None and config.train.accumulate in (1, "auto"):
         rules["batch_schedule"] = "moves the number of micro-batches in a step; set train.accumulate to their most"
     by_losses = config.batch_schedule is not None and "losses" in config.batch_schedule.part.given
     if by_losses:
@@ -251,9 +260,9 @@ def _unordered(config: RunConfig, spec: DataSpec) -> list[Misfit]:
     if not can_be_cut(spec):
         rule = "has nothing to cut: no samples of this data are filled up with padding and judged as a whole"
         found.append(Misfit("train.buckets", train.buckets, rule, "1"))
-    elif train.compile in ("block", "model") and train.buckets > _MOST_COMPILED:
-        rule = f"must be at most {_MOST_COMPILED} with train.compile={train.compile}, which compiles each length"
-        found.append(Misfit("train.buckets", train.buckets, rule, str(_MOST_COMPILED)))
+    elif train.compile in ("block", "model") and train.buckets > MOST_COMPILED:
+        rule = f"must be at most {MOST_COMPILED} with train.compile={train.compile}, which compiles each length"
+        found.append(Misfit("train.buckets", train.buckets, rule, str(MOST_COMPILED)))
     return found
 
 
@@ -285,6 +294,13 @@ def _unscorable(task: Task, model: nn.Module, spec: DataSpec, loss: Choice | Non
     return [] if fits else [Misfit("loss.name", loss.part.name, rule)]
 
 
+def _unblocked(train: Train | None, model: nn.Module) -> list[Misfit]:
+    """A model of which nothing can be computed again."""
+    if train is None or not train.recompute or (why := unblocked(model)) is None:
+        return []
+    return [Misfit("train.recompute", train.recompute, why, "0")]
+
+
 def _inseparable(train: Train | None, model: nn.Module) -> list[Misfit]:
     """A model whose outputs cannot be taken for some tokens at a time."""
     if train is None or train.head_chunk is None or getattr(model, "token_head", None) is not None:
@@ -294,6 +310,22 @@ def _inseparable(train: Train | None, model: nn.Module) -> list[Misfit]:
         "take null for this model and data"
     )
     return [Misfit("train.head_chunk", train.head_chunk, rule, "null")]
+
+
+def _uncompiled(train: Train | None, model: nn.Module) -> list[Misfit]:
+    """A model that cannot be compiled as asked, or a way to compile that nothing or no device here can take."""
+    if train is None or train.compile is None:
+        return []
+    if train.compile != "auto" and (why := uncompilable(model, train.compile)) is not None:
+        return [Misfit("train.compile", train.compile, *why)]
+    rules = []
+    if train.compile == "off":
+        rules.append(("has no effect with train.compile=off", train.compile_mode not in (None, "default")))
+    elif train.compile_mode in REPLAYING:
+        rules.append(("replays a whole step; it goes with train.compile=model", train.compile == "block"))
+        on_gpu = train.device is not None and hardware.choose_device(train.device).type == "cuda"
+        rules.append(("replays CUDA graphs, and this device has none", not on_gpu))
+    return [Misfit("train.compile_mode", train.compile_mode, rule, "default") for rule, broken in rules if broken]
 
 
 def _unshortened(train: Train | None, model: nn.Module, spec: DataSpec) -> list[Misfit]:

@@ -6,11 +6,15 @@ Weights stay float32, but for bf16_weights; the optimizer's state always does.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from llmtrain.knobs import Count, Fraction, Positive, require
 from llmtrain.masters import Rounding
@@ -25,6 +29,8 @@ class Precision(NamedTuple):
         dtype: Format of the matrix products.
         why: Why this one, in words.
         rounding: How weights are rounded to bfloat16 after each update; None: they stay float32.
+        convert: Puts layers that compute otherwise in the place of a model's own, with the same weights by the same
+            names, which optimizers and checkpoints go by; None: there are none.
     """
 
     autocast: Callable[[], AbstractContextManager]
@@ -32,6 +38,7 @@ class Precision(NamedTuple):
     dtype: torch.dtype
     why: str
     rounding: Rounding | None = None
+    convert: Callable[[nn.Module], None] | None = None
 
 
 def _precision(
@@ -84,6 +91,58 @@ def bf16_weights(device: torch.device, *, rounding: Literal["nearest", "stochast
     """
     made = bf16(device)
     return made._replace(rounding=rounding, why=f"bf16 weights, {rounding} rounding: as asked")
+
+
+def fp8(
+    device: torch.device,
+    *,
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"],
+    smallest: Count,
+) -> Precision:
+    """bf16, and the products of the blocks' linear layers in float8, on NVIDIA Hopper, Ada and newer.
+
+    Inputs, weights and gradients are scaled and rounded just before each product (Micikevicius et al. 2022,
+    arXiv:2209.05433), by torchao (`pip install 'llmtrain[fp8]'`). Weights stay float32; embeddings, norms, attention
+    and output layer are as with bf16. It takes train.compile=model to be faster than bf16, and models of a billion
+    parameters; checkpoints hold plain weights, which are judged, used and exported without float8.
+
+    Args:
+        recipe: tensorwise: one scale for a whole tensor, fastest; gradients have 2 bits of mantissa (e5m2), all else
+            3 (e4m3). rowwise: a scale for each row, all with 3 bits; outliers spoil their own row alone, but slower.
+            rowwise_with_gw_hp: the same, with gradients of weights by products in bfloat16, most exact.
+        smallest: Rows and columns that a layer must have to go to float8; both must be multiples of 16, too. Raise:
+            fewer layers, more exact, and small ones are faster in bfloat16. Lower: more layers.
+
+    Raises:
+        ConfigError: If the device has no float8 products, torchao is not there, or no layer is large enough.
+    """
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    rule = f"this device ({_name(device)}) has no float8 products; it takes an NVIDIA GPU from Ada or Hopper on"
+    require(name=(capable, "fp8", rule))
+    require(name=(find_spec("torchao") is not None, "fp8", "needs torchao: pip install 'llmtrain[fp8]'"))
+    made, convert = bf16(device), partial(_to_float8, recipe=recipe, smallest=smallest)
+    return made._replace(convert=convert, why=f"fp8, {recipe}, all but the blocks in bf16: as asked")
+
+
+def _to_float8(model: nn.Module, recipe: str, smallest: int, emulate: bool = False) -> None:
+    """Swaps the linear layers of a model's blocks that are large enough, for those of torchao.
+
+    Args:
+        model: Its layers are changed in place, and keep their weights.
+        recipe: See `fp8`.
+        smallest: See `fp8`.
+        emulate: Whether numbers are rounded to float8 and then multiplied in float32, as any device can.
+    """
+    layers = [m for block in getattr(model, "blocks", ()) for m in block.modules() if type(m) is nn.Linear]
+    fitting = {m for m in layers if min(m.weight.shape) >= smallest and not any(n % 16 for n in m.weight.shape)}
+    rule = "leaves no layer to be in float8: none in the blocks of this model has so many rows and columns"
+    require(smallest=(bool(fitting), smallest, f"{rule}, both multiples of 16"))
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    # the number of tokens may be no multiple of 16
+    config = dataclasses.replace(config, pad_inner_dim=True, emulate=emulate)
+    convert_to_float8_training(model, module_filter_fn=lambda module, name: module in fitting, config=config)
 
 
 def fp16(

@@ -21,6 +21,7 @@ from llmtrain import checkpoint, folder, hardware, history, loop
 from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
 from llmtrain.chunked import in_chunks
+from llmtrain.compiler import REPLAYING, compiled
 from llmtrain.config import RunConfig
 from llmtrain.data.loader import Loader
 from llmtrain.data.order import buckets_of, order_of
@@ -34,13 +35,17 @@ from llmtrain.losses import balanced, balanced_knobs
 from llmtrain.masters import Masters
 from llmtrain.optim.groups import param_groups
 from llmtrain.pace import Pace, remember
+from llmtrain.picks import Pick, as_before, picks_for, taken
 from llmtrain.precision import Precision
+from llmtrain.recompute import recompute
 from llmtrain.regularization.regularizer import Regularizer
+from llmtrain.retry import explained, smaller
 from llmtrain.schedules import in_steps
 from llmtrain.stop import Stop
-from llmtrain.story import Origin, Scene, Watcher, conclude, summarize
+from llmtrain.story import Origin, Scene, Watcher, conclude, summarize, tell_profile
 from llmtrain.tasks import Task, goal_of, measuring, with_baseline
 from llmtrain.tokenizer import Tokenizer, files_of
+from llmtrain.tracing import Profiler, Trace
 from llmtrain.types import Data, DataSpec, Result, Samples, Setup
 
 
@@ -88,8 +93,7 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     try:
         data = read_data(config, screen.preparing)
         task = task_of(config, data)
-        with torch.device("meta"):  # what the model has against this data is told before anything is written
-            config.model.build(task.asked(data.spec))
+        hardware.outlined(lambda: config.model.build(task.asked(data.spec)))  # what it has against this data is told
         return with_baseline(data, task)
     finally:
         screen.prepared()
@@ -137,7 +141,7 @@ def train(config: RunConfig, origin: Origin) -> Result:
         data = prepare_data(config, screen)
         model, optim = origin.option("model", config.model.part.name), origin.option("optim", config.optim.part.name)
         place = folder.place(config.run.dir, config.run.name, f"{model}-{optim}".replace(":", "-"))
-        with folder.hold(place):
+        with folder.hold(place), explained(config):
             return _train_in(place, config, origin, data, device, screen)
     finally:
         screen.close()
@@ -155,24 +159,30 @@ def settle(config: RunConfig) -> torch.device:
 def _train_in(
     place: Path, config: RunConfig, origin: Origin, data: Data, device: torch.device, screen: Screen
 ) -> Result:
-    precision: Precision = config.precision.build(device)
     task = task_of(config, data)
+    picks = picked(config, data, task, device)
+    precision: Precision = config.precision.build(device)
     state, regularizer = make(config, task.asked(data.spec), device, precision)
     source = _find_source(place, config, screen)
     record = _resume(source, state, config, data) if source is not None else {}
+    if record and config.resume == "auto":
+        picks = as_before(picks, record["config"]["train"], config.train.batch_size)
+    config = taken(config, picks)
     screen.keep_log(place / "log.txt")
     length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))
-    scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen)
+    scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen, picks)
     _write_down(scene, state)
-    stop = Stop()
+    stop, trace = Stop(), _trace(scene, state)
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
         job = make_job(scene, regularizer, watcher, stop)
+        job = replace(job, trace=trace, halved=partial(_tell_halved, scene, job.loader))
         summarize(scene, state)
         for note in getattr(scene.model, "notes", []):
             screen.say(note)
         if source is not None:
             screen.say(f"resumed from {source} at step {state.step}" + _changes(record, config))
-        status, seconds = fit(state, job), watcher.seconds()
+        with trace:
+            status, seconds = fit(state, job), watcher.seconds()
         screen.end()
         if status == "finished" and job.goal.missed(costs := state.costs[job.goal.key]):
             screen.say(job.goal.why(costs))
@@ -184,7 +194,36 @@ def _train_in(
                 result.sample = _sample(scene)
                 result.metrics |= _test(scene)
     conclude(scene, result, seconds)
+    tell_profile(scene, trace)
     return result
+
+
+def picked(config: RunConfig, data: Data, task: Task, device: torch.device) -> list[Pick]:
+    """What a run takes for each `auto` in the section `train`; `taken` puts that into the config."""
+    train, spec = config.train, data.spec
+    samples = None
+    if train.minutes is None:
+        length = Length(train, len(data.train), spec.context, pace_of(config, len(data.train), spec))
+        samples = length.samples_in(length.steps(0, 0.0))
+    known = replace(config, loss=counted(config.loss, task, data))
+    return picks_for(known, task.asked(spec), device, samples)
+
+
+def _tell_halved(scene: Scene, loader: Loader, step: int) -> None:
+    """Tells that a step ran out of memory and was taken in smaller pieces, and writes it into `run.json`."""
+    pieces = scene.config.train.pieces * loader.pieces
+    samples = scene.config.train.batch_size // (pieces * world())
+    why = f"step {step + 1} ran out of memory; {samples} samples a micro-batch, the batch of a step is as it was"
+    scene.screen.say(f"from now on {Pick('train.accumulate', pieces, why)}")
+    history.amend(scene.place, {"picks": [*map(str, scene.picks), str(Pick("train.accumulate", pieces, why))]})
+
+
+def _trace(scene: Scene, state: TrainState) -> Trace:
+    """Writes down some of the first steps, if it is asked for."""
+    if not scene.config.train.profile:
+        return Trace()
+    steps = scene.length.steps(state.step, state.seconds) - state.step
+    return Profiler(scene.device, steps, state.step, scene.place / "profile" / "trace.json.gz")
 
 
 def _write_down(scene: Scene, state: TrainState) -> None:
@@ -197,6 +236,7 @@ def _write_down(scene: Scene, state: TrainState) -> None:
     goal = goal_of(config.eval)
     steps = length.steps(state.step, state.seconds) if length.seconds is None else None
     history.begin(place, config.plain(), vars(origin), (f"val_{goal.monitor}", goal.mode == "max"), steps)
+    history.amend(place, {"picks": [str(pick) for pick in scene.picks]})
 
 
 def pace_of(config: RunConfig, samples: int, spec: DataSpec) -> Pace:
@@ -222,6 +262,11 @@ def make(
     if (load := getattr(model, "load_pretrained", None)) is not None:
         load()
     model.to(device)
+    if precision.convert is not None:
+        precision.convert(model)
+    train = config.train
+    if (fit_attention := getattr(model, "fit_attention", None)) and train.attention == "auto" and train.buckets == 1:
+        fit_attention(device, precision.dtype)
     groups = param_groups(model, **vars(config.params))
     masters = Masters(model, groups, precision.rounding) if precision.rounding is not None else None
     optimizer = remember(config.optim.build(groups))
@@ -234,11 +279,11 @@ def make_job(scene: Scene, regularizer: Regularizer, watcher: loop.Watcher, stop
     """What the loop is given: batches of the scene's data, and its loss, compiled as `train.compile` says."""
     config, data, model = scene.config, scene.data, scene.model
     train = config.train
-    size, buckets = train.batch_size // (train.accumulate * world()), buckets_of(data.spec, train.buckets)
+    size, buckets = train.batch_size // (train.pieces * world()), buckets_of(data.spec, train.buckets)
     loader = Loader(
         data.train,
         batch_size=train.batch_size,
-        accumulate=train.accumulate,
+        accumulate=train.pieces,
         seed=train.seed,
         device=scene.device,
         limit=scene.length.samples,
@@ -250,17 +295,19 @@ def make_job(scene: Scene, regularizer: Regularizer, watcher: loop.Watcher, stop
         world=world(),
     )
     whole = train.compile == "model"
+    recompute(model, train.recompute, whole)
     extra = {"fingerprint": data.fingerprint, "config": config.plain(), "spec": asdict(scene.task.asked(data.spec))}
     loss = counted(config.loss, scene.task, data).bind()
     return Job(
         loader=loader,
-        loss=_compiled(summed(model, loss, train.head_chunk, whole), model, train.compile),
-        evaluate=_judge(scene, data.val, config.eval.batches and config.eval.batches * train.accumulate * world()),
+        loss=compiled(summed(model, loss, train.head_chunk, whole), model, train.compile, train.compile_mode),
+        evaluate=_judge(scene, data.val, config.eval.batches and config.eval.batches * train.pieces * world()),
         save=lambda state: checkpoint.save(scene.place / "checkpoints", state, config.checkpoint.keep, extra),
         watcher=watcher,
         regularizer=regularizer,
         pace=scene.length.pace,
         precision=scene.precision,
+        replays=whole and train.compile_mode in REPLAYING,
         length=scene.length,
         grad_clip=train.grad_clip,
         clip_by=train.clip_by,
@@ -290,9 +337,21 @@ def _judge(scene: Scene, samples: Samples, batches: int | None, prefix: str = "v
     whole = train.compile == "model"
     task, chunk = scene.task, train.head_chunk
     added = with_outputs(model, task.score) if task.meters else added_up(model, task.score, chunk, whole)
-    score = _compiled(added, model, train.compile)
-    size = train.batch_size // (train.accumulate * world())
-    return partial(evaluate, model, score, samples, task, scene.precision, size, batches, prefix)
+    score = compiled(added, model, train.compile, train.compile_mode)
+    size = train.batch_size // (train.pieces * world())
+    pieces = 1
+
+    def measure() -> dict[str, float]:
+        nonlocal pieces
+
+        def by(number: int) -> dict[str, float]:
+            most = batches and batches * number
+            return evaluate(model, score, samples, task, scene.precision, size // number, most, prefix)
+
+        found, pieces = smaller(by, size, pieces, undo=partial(model.train, model.training))
+        return found
+
+    return measure
 
 
 def _test(scene: Scene) -> dict[str, float]:
@@ -350,17 +409,6 @@ def with_outputs(
         return (score(outputs, targets) * mask.unsqueeze(-1)).flatten(0, -2).sum(0), outputs
 
     return compute
-
-
-def _compiled(function: Callable[..., Any], model: nn.Module, scope: str) -> Callable[..., Any]:
-    """Compiles as `train.compile` says; each shape once: the full one, and those of `train.buckets`."""
-    if scope == "model":
-        return torch.compile(function, dynamic=False, fullgraph=True)
-    if scope == "block":
-        for block in getattr(model, "blocks", []):
-            if block._compiled_call_impl is None:
-                block.compile(dynamic=False, fullgraph=True)
-    return function
 
 
 def _find_source(place: Path, config: RunConfig, screen: Screen) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,15 @@ from llmtrain.display import Screen
 from llmtrain.loggers import JsonLines, TensorBoard
 from llmtrain.loop import Length
 from llmtrain.models.transformer import count_parameters
+from llmtrain.picks import Pick
 from llmtrain.precision import Precision
 from llmtrain.tasks import Task
+from llmtrain.tracing import Profiler, Trace
 from llmtrain.types import Data, Result
 from llmtrain.words import duration, short
+
+_OPERATIONS, _NAME = 8, 48
+"""Of a profile, the operations that are told and the characters of their names."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Scene:
     model: nn.Module
     length: Length
     screen: Screen
+    picks: Sequence[Pick] = ()
 
 
 class Watcher:
@@ -92,10 +99,7 @@ class Watcher:
 def summarize(scene: Scene, state: TrainState) -> None:
     """Shows the table before the first step, and begins the live view."""
     config, data, origin = scene.config, scene.data, scene.origin
-    with torch.device("meta"):
-        shadow = config.model.build(scene.task.asked(data.spec))
-        forward = hardware.count_flops(shadow.eval(), hardware.blank(data.spec))
-    flops = 3 * forward * config.train.batch_size  # the backward pass costs twice the forward pass
+    flops = flops_per_sample(config, scene.task, data) * config.train.batch_size
     screen = scene.screen
     screen.flops_per_step, screen.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)
     steps = scene.length.steps(state.step, state.seconds)
@@ -108,22 +112,30 @@ def summarize(scene: Scene, state: TrainState) -> None:
         ("compute", f"{short(flops)}FLOP per step on {hardware.device_name(scene.device)}"),
         ("precision", scene.precision.why),
     ]
+    rows += [("picked", str(pick)) for pick in scene.picks]
     if scene.device.type == "cuda":
         inputs = hardware.blank(data.spec).to(scene.device)
         backend = hardware.attention_backend(scene.model, inputs, scene.precision.autocast)
         rows.append(("attention", f"{backend} kernel" if backend else "no fused kernel"))
+        if (trouble := hardware.cudnn_trouble()) is not None:
+            screen.say(trouble)
     rows += [("optimizer", _optimizer_in_words(config)), *_origin_in_words(origin), ("folder", str(scene.place))]
     screen.table("llmtrain train", rows)
     screen.begin(steps, state.step)
 
 
+def flops_per_sample(config: RunConfig, task: Task, data: Data) -> int:
+    """FLOPs of learning from a sample, attention to all of it included; the backward pass costs twice the forward."""
+    return 3 * hardware.forward_flops(lambda: config.model.build(task.asked(data.spec)), data.spec)
+
+
 def _length_in_words(scene: Scene, steps: int, left: int, flops: float) -> str:
     train, data = scene.config.train, scene.data
     tokens, unit = train.batch_size * data.spec.context, data.spec.unit
-    micro = f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""
+    micro = f" in {train.pieces} micro-batches" if train.pieces > 1 else ""
     if scene.length.seconds is not None:
         return f"{duration(scene.length.seconds)}, {short(tokens)} {unit} a step{micro}"
-    rate = hardware.product_rate(scene.device, scene.precision.dtype, scene.model, tokens // train.accumulate)
+    rate = hardware.product_rate(scene.device, scene.precision.dtype, scene.model, tokens // train.pieces)
     epochs = steps * train.batch_size / len(data.train)
     return (
         f"{steps} steps of {_product(train.batch_size, data.spec.context)}{short(tokens)} {unit}{micro}, "
@@ -192,6 +204,22 @@ def conclude(scene: Scene, result: Result, seconds: float) -> None:
         root = Path(scene.config.run.dir).expanduser()
         name = str(place.relative_to(root)) if place.is_relative_to(root) else place.name
         screen.say(f"Saved. To go on, give the same command with run.name={name} resume=auto")
+
+
+def tell_profile(scene: Scene, trace: Trace) -> None:
+    """Shows what took longest in the steps that were written down, if any were to be."""
+    if not isinstance(trace, Profiler):
+        return
+    if not trace.kept:
+        scene.screen.say(f"no profile: the run ended before step {trace.first}, the first that was to be written down")
+        return
+    rows = [
+        (f"{one.share:.1%}", f"{one.name[:_NAME]}: {1000 * one.seconds:.3g} ms in {one.calls:.3g} calls a step")
+        for one in trace.operations[:_OPERATIONS]
+    ]
+    rows += [("trace", f"{trace.file}"), ("open it with", "https://ui.perfetto.dev, in any browser")]
+    last = f" to {trace.first + trace.kept - 1}" if trace.kept > 1 else ""
+    scene.screen.table(f"profile of step {trace.first}{last}: what operations took by themselves", rows)
 
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:

@@ -166,13 +166,17 @@ def goal_of(settings: Eval) -> Goal:
 
 
 def with_baseline(data: Data, task: Task) -> Data:
-    """The data with the baseline that is the task's own, where it has one.
+    """The data with the baseline that is the task's own, or with what the task measures of that of the data.
 
     Raises:
         UserError: If the targets are none that the task can ask for.
     """
     if task.guess is None:
-        return data
+        baseline, test_baseline = (
+            found and (found[0], {name: found[1][name] for name in task.chosen or task.plain if name in found[1]})
+            for found in (data.baseline, data.test_baseline)
+        )
+        return replace(data, baseline=baseline, test_baseline=test_baseline)
     known = task.targets(data.train)
     if (known.ndim > 1) != task.numbers:
         there = "classes" if task.numbers else "quantities"

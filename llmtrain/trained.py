@@ -23,6 +23,7 @@ from llmtrain.export import Trained, export
 from llmtrain.folder import read_choices, read_config, write_json
 from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
+from llmtrain.precision import Precision, auto
 from llmtrain.predictions import Predictions
 from llmtrain.run import added_up, prepare_data, task_of, with_outputs
 from llmtrain.tokenizer import Tokenizer
@@ -55,11 +56,11 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     model, saved = _model(config, task.asked(data.spec), path, device)
     if saved["fingerprint"] != data.fingerprint:
         raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
-    precision = config.precision.build(device)
+    precision = _precision(config, device)
     samples = data.test if settings.split == "test" else data.val
     if samples is None:
         raise UserError("split=test: this data keeps no test samples; use split=val")
-    size = settings.batch_size or max(config.train.batch_size // config.train.accumulate, 1)
+    size = settings.batch_size or max(config.train.batch_size // config.train.pieces, 1)
     kept = Predictions(task, data.names or ()) if task.read is not None or task.answer is not None else None
     score = (
         with_outputs(model, task.score) if kept is not None else added_up(model, task.score, config.train.head_chunk)
@@ -69,7 +70,8 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
     if (guess := (settings.split == "test" and data.test_baseline) or data.baseline) is not None:
         rows.append((f"guess by {guess[0]}", task.words(guess[1])))
-    rows += [("data", data.facts["about"]), ("samples", settings.split), ("checkpoint", str(path))]
+    rows += [("data", data.facts["about"]), ("samples", settings.split), ("precision", precision.why)]
+    rows.append(("checkpoint", str(path)))
     screen.table("llmtrain eval", rows)
     record: dict[str, Any] = {"checkpoint": path.name, "batches": settings.batches, **metrics}
     place = folder / "eval"
@@ -192,6 +194,14 @@ def _told(folder: Path, error: ConfigError, section: str = "") -> UserError:
 def _device(wanted: str) -> torch.device:
     torch.set_num_threads(os.cpu_count() or 1)
     return hardware.choose_device(wanted)
+
+
+def _precision(config: RunConfig, device: torch.device) -> Precision:
+    """The run's, or what suits this device where it has not what the run was trained with."""
+    try:
+        return config.precision.build(device)
+    except ConfigError:
+        return auto(device)
 
 
 def _model(config: RunConfig, spec: DataSpec, path: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

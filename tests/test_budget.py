@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,10 +52,10 @@ class Measured:
             groups = param_groups(model)
             optimizer = config.optim.build(groups)
             regularizer = config.regularization.build(model, groups)
-            batch = budget.blank_batch(spec, train.batch_size // train.accumulate, loss)
+            batch = budget.blank_batch(spec, train.batch_size // train.pieces, loss)
             owned = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), *batch)}
             for _ in range(2):
-                for _ in range(train.accumulate):
+                for _ in range(train.pieces):
                     self.saved: dict[int, int] = {}
                     with torch.autograd.graph.saved_tensors_hooks(self._keeping(owned), lambda t: t), autocast():
                         summed = (loss(model(batch.inputs), batch.targets) * batch.mask).sum()
@@ -116,6 +117,34 @@ def test_memory_is_that_of_a_real_step(case: str):
     assert found.activations == pytest.approx(real.activations, rel=0.02)
     assert found.state == real.state
     assert found.peak == pytest.approx(real.peak, rel=0.1)
+
+
+TINY = "model=gpt_nano model.layers=2 model.context=64 vocab=500 train.batch_size=4"
+LOOPED = {
+    "gpt": f"{TINY} precision=bf16",
+    "bf16 weights": f"{TINY} precision=bf16_weights train.batch_size=2",
+    "bf16 weights, stochastic": f"{TINY} precision=bf16_weights train.batch_size=1 precision.rounding=stochastic",
+    "micro-batches": f"{TINY} precision=fp32 train.accumulate=4",
+    "head by chunks": f"{TINY} vocab=20000 precision=fp32 train.head_chunk=64",
+    "muon": f"{TINY} precision=fp32 optim=muon train.batch_size=1",
+    "soap": f"{TINY} precision=fp32 optim=soap train.batch_size=1",
+    "averaged": f"{TINY} precision=fp32 regularization=ema train.batch_size=1",
+    "sam": f"{TINY} precision=fp32 regularization=sam",
+    "clipped by units": f"{TINY} precision=fp32 train.clip_by=adaptive train.batch_size=1",
+    "noise": f"{TINY} precision=fp32 regularization=noise train.batch_size=1",
+    "bert": "model=bert_nano model.layers=2 vocab=500 task=masked_lm train.batch_size=4 precision=bf16",
+    "resnet18": "model=resnet18 data=digits shape=3,32,32 train.batch_size=8 precision=fp32",
+    "mlp": "model=mlp data=digits shape=768 model.widths=[512,512] train.batch_size=64 precision=fp32",
+    "gru": "model=gru model.width=64 model.context=64 vocab=500 train.batch_size=4 precision=fp32",
+}
+
+
+@pytest.mark.parametrize("case", LOOPED)
+def test_the_peak_is_that_of_a_run(case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    benchmark = __import__("memory")
+    words = LOOPED[case].split()
+    assert benchmark.foreseen(words) == pytest.approx(benchmark.tensors(words), rel=0.1)
 
 
 def test_memory_of_weights_gradients_and_state_is_by_the_number():

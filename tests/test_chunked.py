@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 from toy import make_gpt, make_job, make_state, make_train, make_windows
 
 from llmtrain import budget, tasks
+from llmtrain.compiler import compiled
 from llmtrain.compose import compose_jobs, prepare
 from llmtrain.config import RunConfig, check
 from llmtrain.loop import fit
 from llmtrain.losses import cross_entropy, focal, nll
 from llmtrain.misfits import part_misfits
 from llmtrain.precision import fp16
-from llmtrain.run import _compiled, added_up, summed
+from llmtrain.run import added_up, summed
 from llmtrain.types import DataSpec
 
 VOCAB = 11
@@ -307,8 +308,8 @@ def test_compiled_chunks_equal_plain_ones_and_are_compiled_once(scope: str, amp:
     score = tasks._nats_and_hits
     whole = scope == "model"
     counters.clear()
-    compute = _compiled(summed(model, CE, 5, whole), model, scope)
-    judge = _compiled(added_up(model, score, 5, whole), model, scope)
+    compute = compiled(summed(model, CE, 5, whole), model, scope)
+    judge = compiled(added_up(model, score, 5, whole), model, scope)
     context = partial(torch.autocast, "cpu", amp) if amp is not None else nullcontext
     for turn in range(3):
         with torch._dynamo.config.patch(error_on_recompile=turn > 0):

@@ -280,7 +280,7 @@ def test_everything_that_is_wrong_is_in_one_report(refused):
         "optim.eps": ("nan", "must be number > 0"),
         "zap.x": ("2", "no such knob"),
         "train.batch_size": ("many", "must be integer >= 1"),
-        "train.compile": ("blok", "must be one of off, block, model  Did you mean block?"),
+        "train.compile": ("blok", "must be one of auto, off, block, model  Did you mean block?"),
         "train": (
             "steps=3, epochs=2",
             "a run has exactly one length; give one of train.steps, train.epochs, train.tokens, train.minutes",

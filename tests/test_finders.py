@@ -20,7 +20,7 @@ from runs import make_text, outcome, start, tiny
 from torch import nn
 from toy import make_job, make_state, make_train, make_windows
 
-from llmtrain import finders
+from llmtrain import finders, trial
 from llmtrain.build import choose
 from llmtrain.checkpoint import TrainState
 from llmtrain.finders import Rise, blown, foreseen, hint, search, swept
@@ -254,7 +254,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Made]:
     """Puts a made-up memory in the place of the machine's; a guarded one refuses to hold too many samples."""
 
     def put(room: int, guarded: bool) -> Made:
-        gauge, make_job = Made(room, guarded), finders.make_job
+        gauge, make_job = Made(room, guarded), trial.make_job
 
         def job_of(*given: Any):
             job = make_job(*given)
@@ -268,7 +268,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Made]:
             return dataclasses.replace(job, loss=loss)
 
         monkeypatch.setattr(finders, "gauge_of", lambda device, share: gauge)
-        monkeypatch.setattr(finders, "make_job", job_of)
+        monkeypatch.setattr(trial, "make_job", job_of)
         monkeypatch.setattr(finders, "_TRIAL", 0.0)
         return gauge
 

@@ -1,29 +1,35 @@
 """What can only be seen on a CUDA GPU: number formats, no waiting, compiled kernels, exact resumption."""
 
 import dataclasses
+import gzip
 import json
 import math
 import os
 from functools import cache, partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from runs import tiny
+from test_optim import preset_without_interpolation
 from toy import make_job, make_state, make_train, make_windows, preset
 
 from llmtrain import checkpoint, hardware, loop, precision
-from llmtrain.build import choose, find
+from llmtrain.build import choose, find, parts
+from llmtrain.compiler import REPLAYING, compiled
 from llmtrain.config import Sample
 from llmtrain.generate import tokens
 from llmtrain.init import gpt2
 from llmtrain.loop import fit
 from llmtrain.losses import cross_entropy
+from llmtrain.models.layers import attend
 from llmtrain.models.transformer import transformer
 from llmtrain.optim.adaptive import adam
 from llmtrain.optim.groups import param_groups
-from llmtrain.run import _compiled, summed
+from llmtrain.run import summed
 from llmtrain.schedules import cosine
 from llmtrain.topics import option_values
+from llmtrain.tracing import PARTS
 from llmtrain.types import DataSpec
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +40,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first 
 DEVICE = torch.device("cuda")
 AMPERE = torch.cuda.get_device_capability() >= (8, 0)
 needs_ampere = pytest.mark.skipif(not AMPERE, reason="needs an NVIDIA GPU from Ampere on")
+FLOAT8 = torch.cuda.get_device_capability() >= (8, 9) and find_spec("torchao") is not None
+needs_float8 = pytest.mark.skipif(not FLOAT8, reason="needs an NVIDIA GPU from Ada or Hopper on, and torchao")
 VOCAB = 256
 CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
 FP16 = {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
@@ -71,11 +79,15 @@ def make_precision(name, **knobs):
 def make_run(name, scope="off", steps=20, knobs=None, **given):
     """State and job of gpt_nano on the GPU, as `run` puts them together."""
     numbers = given.pop("precision", None) or make_precision(name)
+    mode, optimizer = given.pop("mode", "default"), given.pop("optimizer", partial(adam, **ADAM))
     model = make_nano(**(knobs or {}))
-    state = make_state(model, partial(adam, **ADAM), numbers)
+    if numbers.convert is not None:
+        numbers.convert(model)
+    state = make_state(model, optimizer, numbers)
     train = make_train(steps=steps, batch_size=16, accumulate=given.pop("accumulate", 1), grad_clip=1.0)
     plain = {
-        "loss": _compiled(summed(model, CE), model, scope),
+        "loss": compiled(summed(model, CE), model, scope, mode),
+        "replays": mode in REPLAYING,
         "precision": numbers,
         "schedule": partial(cosine, warmup=5.0, floor=0.1),
     }
@@ -197,6 +209,23 @@ def test_between_two_lines_of_the_log_the_host_never_waits(name, scope, accumula
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize("name", sorted(set(parts("optim")) - {"adafactor"}))  # torch's own reads norms to the host
+def test_no_optimizer_waits(name, monkeypatch):
+    values = preset_without_interpolation(name)
+    make = lambda groups: find("optim", name).load()(groups, **values)
+    state, job = make_run("fp32", steps=12, log_every=4, optimizer=make, knobs={"layers": 1})
+    measure, lines = loop._measure, []
+
+    def watched(*given):
+        torch.cuda.set_sync_debug_mode("default")
+        lines.append(measure(*given))
+        torch.cuda.set_sync_debug_mode("error")
+        return lines[-1]
+
+    monkeypatch.setattr(loop, "_measure", watched)
+    assert fit(state, job) == "finished" and len(lines) == 3
+
+
 # Optimizers
 
 
@@ -251,7 +280,7 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(scope, name, boun
     counters.clear()
     state, job = make_run(name, scope, steps=8, eval_every=1)
     inner, model = job.loss, state.model
-    score = _compiled(summed(model, CE), model, scope)
+    score = compiled(summed(model, CE), model, scope)
 
     def loss(*given):
         with torch._dynamo.config.patch(error_on_recompile=state.step >= 2):
@@ -270,6 +299,58 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(scope, name, boun
     assert sum(counters["graph_break"].values()) == 0
     assert job.watcher.losses() == pytest.approx(plain.watcher.losses(), abs=bound)
     assert len(job.watcher.evaluations) == 8
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("sam", [0.0, 0.05])
+def test_replayed_steps_equal_plain_ones(accumulate, sam):
+    """CUDA graphs write sums and gradients where those of the last micro-batch were."""
+    pytest.importorskip("triton")
+    given = {"steps": 6, "accumulate": accumulate, "regularization": {"sam": sam}, "log_every": 3}
+    plain_state, plain = make_run("fp32", **given)
+    fit(plain_state, plain)
+    torch._dynamo.reset()
+    state, job = make_run("fp32", "model", mode="reduce-overhead", **given)
+    score = compiled(summed(state.model, CE), state.model, "model", "reduce-overhead")
+
+    def evaluate():
+        state.model.eval()
+        with torch.no_grad():
+            values = [score(*job.loader.step(8 * n).micro[0]) for n in range(3)]
+        state.model.train()
+        assert len({value.item() for value in values}) == 3  # none was written over
+        return {"val_loss": values[0].item()}
+
+    assert fit(state, dataclasses.replace(job, evaluate=evaluate, eval_every=2)) == "finished"
+    assert job.watcher.losses() == pytest.approx(plain.watcher.losses(), abs=2e-4)
+    norms = [[line["grad_norm"] for _, line in j.watcher.lines] for j in (job, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)  # a gradient left out or counted twice would show
+    torch._dynamo.reset()
+
+
+@needs_float8
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+@pytest.mark.parametrize("scope", ["off", "model"])
+def test_steps_in_float8_stay_near_bf16(scope, recipe):
+    """And text can be made of the model, and gradients of an odd number of tokens."""
+    if scope == "model":
+        pytest.importorskip("triton")
+    torch._dynamo.reset()
+    exact_state, exact = make_run("bf16")
+    fit(exact_state, exact)
+    numbers = precision.fp8(DEVICE, recipe=recipe, smallest=128)
+    state, job = make_run("bf16", scope, precision=numbers, accumulate=2)
+    assert fit(state, job) == "finished"
+    assert job.watcher.losses() == pytest.approx(exact.watcher.losses(), abs=0.1)
+    assert job.watcher.losses() != exact.watcher.losses()
+    assert list(state.model.state_dict()) == list(exact_state.model.state_dict())
+    settings = Sample(prompt="", tokens=5, temperature=0.0, top_k=None, top_p=1.0, seed=0)
+    assert len(list(tokens(state.model.eval(), [1, 2, 3], settings))) == 5
+    with job.precision.autocast():
+        odd = torch.randint(0, VOCAB, (1, 7), device=DEVICE)
+        state.model.train()(odd).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in state.model.parameters())
     torch._dynamo.reset()
 
 
@@ -357,6 +438,151 @@ def test_looking_at_the_kernel_leaves_no_trace():
     assert torch.equal(torch.cuda.get_rng_state(), before[0]) and torch.equal(torch.get_rng_state(), before[1])
 
 
+SPARSE = [
+    {"document_mask": True},
+    {"document_mask": True, "position": "rope", "kv_heads": 1, "qk_norm": True},
+    {"document_mask": True, "causal": False, "head_dim": 24, "value_dim": 40},
+    {"document_mask": True, "window": 100, "position": "alibi", "attention_softcap": 5.0},
+    {"window": 200, "heads": 6, "kv_heads": 2, "head_dim": 64},
+    {"attention_softcap": 5.0, "head_dim": 128},
+    {"position": "alibi", "causal": False},
+]
+
+
+def make_sparse(blocks=True, **knobs):
+    """gpt_nano with longer samples of several documents, which begin with token 0; by blocks, or with a dense mask."""
+    knobs = preset("gpt_nano") | {"context": 384} | knobs
+    torch.manual_seed(0)
+    model = transformer(DataSpec(vocab=VOCAB, context=384, boundary=0), **knobs)
+    gpt2(model, std=0.1, patterns=None)
+    model.to(DEVICE)
+    if blocks:
+        model.fit_attention(DEVICE, torch.bfloat16)
+        assert model.sight.blocks
+    return model
+
+
+def documents(seed=0, rows=4, length=384):
+    """(rows, length) tokens; about one in a hundred is 0."""
+    draw = torch.Generator().manual_seed(seed)
+    made = torch.randint(1, VOCAB, (rows, length), generator=draw)
+    return made.masked_fill(torch.rand(rows, length, generator=draw) < 0.01, 0).to(DEVICE)
+
+
+def learned(compute, model, inputs, numbers):
+    """The loss of a batch, and the gradients of all weights in a row."""
+    with numbers.autocast():
+        loss = compute(inputs, inputs.roll(-1, 1), torch.ones(inputs.shape, device=DEVICE))
+    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    return loss.item(), torch.cat([grad.flatten() for grad in grads]).float()
+
+
+@needs_ampere
+@pytest.mark.parametrize("scope", ["off", "block", "model"])
+@pytest.mark.parametrize("knobs", SPARSE, ids=str)
+def test_attention_by_blocks_is_as_exact_as_a_dense_mask(knobs, scope):
+    """Losses and gradients in bfloat16 against float32, over batches of other documents; compiled once."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    exact, dense, ours = (make_sparse(blocks, **knobs) for blocks in (False, False, True))
+    full, half = make_precision("fp32"), make_precision("bf16")
+    compute = compiled(summed(ours, CE), ours, scope)
+    for seed in range(3):
+        inputs = documents(seed)
+        loss, grads = learned(summed(exact, CE), exact, inputs, full)
+        dense_loss, dense_grads = learned(summed(dense, CE), dense, inputs, half)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            our_loss, our_grads = learned(compute, ours, inputs, half)
+        assert our_loss == pytest.approx(loss, rel=5e-3)
+        assert torch.isfinite(our_grads).all()
+        assert (our_grads - grads).norm() < 1.3 * (dense_grads - grads).norm() + 1e-3 * grads.norm()
+        assert abs(our_loss - loss) < 2 * abs(dense_loss - loss) + 1e-3 * loss
+    torch._dynamo.reset()
+
+
+@needs_ampere
+def test_attention_by_blocks_in_float32_is_exact():
+    """Which no run takes, for it is slow, but numbers say more than those of bfloat16."""
+    pytest.importorskip("triton")
+    numbers = make_precision("fp32")
+    knobs = {"document_mask": True, "window": 150, "position": "alibi", "attention_softcap": 5.0, "kv_heads": 2}
+    exact, ours = make_sparse(False, **knobs), make_sparse(**knobs)
+    inputs = documents()
+    loss, grads = learned(summed(exact, CE), exact, inputs, numbers)
+    our_loss, our_grads = learned(summed(ours, CE), ours, inputs, numbers)
+    assert our_loss == pytest.approx(loss, rel=1e-5)
+    assert (our_grads - grads).norm() < 1e-4 * grads.norm()
+
+
+@needs_ampere
+@pytest.mark.parametrize("scope", ["off", "model"])
+def test_attention_by_blocks_neither_waits_nor_depends_on_chance(scope):
+    """Nothing is fetched from the GPU to make the blocks, and twice the same gives the same bits."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    numbers, inputs = make_precision("bf16"), documents()
+    model = make_sparse(document_mask=True, window=200)
+    compute = compiled(summed(model, CE), model, scope)
+
+    def grads():
+        with numbers.autocast():
+            loss = compute(inputs, inputs, torch.ones(inputs.shape, device=DEVICE))
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    first = grads()
+    torch.cuda.set_sync_debug_mode("error")
+    again = grads()
+    torch.cuda.set_sync_debug_mode("default")
+    attention = [name.split(".")[-2] == "qkv" for name, _ in model.named_parameters()]
+    assert sum(attention) and all(torch.equal(a, b) for a, b, mine in zip(first, again, attention, strict=True) if mine)
+    torch._dynamo.reset()
+
+
+@needs_ampere
+def test_attention_by_blocks_is_named_and_takes_less_memory():
+    pytest.importorskip("triton")
+    numbers, inputs = make_precision("bf16"), documents(rows=4, length=8192)
+    peaks = {}
+    for blocks in (False, True):
+        torch.cuda.empty_cache()
+        model = make_sparse(False, document_mask=True, context=8192, layers=1)
+        if blocks:
+            model.fit_attention(DEVICE, torch.bfloat16)
+        named = hardware.attention_backend(model, inputs[:1], numbers.autocast)
+        assert (named == "flex") is blocks
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with numbers.autocast():
+            model.features(inputs).float().sum().backward()
+        peaks[blocks] = torch.cuda.max_memory_allocated() - before
+    assert peaks[True] < peaks[False] - 4 * 8192**2 / 2  # the mask has a byte for each pair
+    torch._dynamo.reset()
+
+
+@needs_ampere
+@pytest.mark.parametrize("words", [[], ["train.attention=sdpa"]], ids=str)
+def test_a_run_says_that_its_attention_goes_by_blocks(call, tmp_path, words):
+    pytest.importorskip("triton")
+    sized = ("model.context=128", "precision=bf16", "train.device=cuda", "train.threads=null")
+    said = call(*tiny(tmp_path, *sized, "model.document_mask=true", *words))
+    assert said.code == 0, said.err
+    assert ("flex kernel" in said.out + said.err) is not bool(words)
+
+
+@needs_ampere
+@pytest.mark.parametrize("length", [64, 192, 704, 256, 100])
+def test_masked_attention_has_gradients_where_all_scores_are_low(length):
+    """cuDNN loses those of queries where half a block of keys is left over (pytorch#196678)."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, length, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0], k[..., 0] = 1.0, -120 * 8
+    mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    grads = torch.autograd.grad(attend(*inputs, mask, False).sum(), inputs)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
 # Text
 
 
@@ -425,3 +651,49 @@ def test_the_other_architectures_are_those_of_the_cpu(option, spec):
     with torch.no_grad():
         expected = model(inputs)
         torch.testing.assert_close(model.to(DEVICE)(inputs.to(DEVICE)).cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_bench_measures_parts_by_events_memory_and_what_the_gpu_idles(call, tmp_path):
+    said = call("bench", *tiny(tmp_path, "bench.seconds=1", "start=false")[1:], "--json")
+    assert (said.code, said.err) == (0, "")
+    found = json.loads(said.out)
+    parts, memory = found["parts"], found["memory"]
+    assert sum(parts[name] for name in (*PARTS, "rest")) == pytest.approx(parts["step"])
+    assert all(parts[name] > 0 for name in PARTS) and 0 <= parts["device_idle"] < 1
+    assert 0 < memory["allocated"] <= memory["peak"]
+    assert found["machine"]["attention"] and found["compute"]["square_product"]["size"] == 8192
+
+
+def test_the_profile_of_a_run_has_the_kernels(call, tmp_path):
+    said = call(*tiny(tmp_path, "train.steps=9", "train.profile=true", "run.name=one"))
+    assert said.code == 0 and "profile of step 5 to 7" in said.out
+    with gzip.open(tmp_path / "runs/one/profile/trace.json.gz", "rt", encoding="utf-8") as text:
+        events = json.load(text)["traceEvents"]
+    assert sum(e.get("cat") == "kernel" for e in events) > 100
+    assert {*PARTS} <= {e["name"] for e in events}
+
+
+@pytest.mark.parametrize("words", ["train.accumulate=1", "train.accumulate=4", "train.accumulate=1 train.recompute=1"])
+def test_the_foreseen_peak_is_that_of_a_run(words, monkeypatch, pytestconfig):
+    monkeypatch.syspath_prepend(pytestconfig.rootpath / "benchmarks")
+    benchmark = __import__("memory")
+    case = f"model=gpt_tiny vocab=5000 train.batch_size=16 precision=fp32 train.compile=off {words}".split()
+    benchmark.tensors(case)  # takes what libraries keep, such as the workspace of matrix products
+    assert benchmark.foreseen(case) == pytest.approx(benchmark.tensors(case), rel=0.1)
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_smaller_pieces():
+    told = []
+    model = make_nano(layers=4, context=256)
+    state = make_state(model, partial(adam, **ADAM))
+    train = make_train(steps=3, batch_size=512)
+    windows = make_windows(tokens=256 * 600, context=256, vocab=VOCAB)
+    job = make_job(state, windows, train, loss=summed(model, CE), halved=told.append)
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / whole)
+    try:
+        assert fit(state, job) == "finished"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert told and job.loader.pieces > 1

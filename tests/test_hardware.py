@@ -129,6 +129,16 @@ def test_looking_at_the_kernel_leaves_no_trace():
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
+def test_a_cudnn_that_torch_cannot_use_well_is_told(monkeypatch):
+    assert hardware.cudnn_trouble() is None
+
+    def version():
+        raise RuntimeError("cuDNN version incompatibility: compiled against (9, 19, 0) but found (9, 10, 0)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    assert "found (9, 10, 0)" in hardware.cudnn_trouble()
+
+
 # Compiled models, run plainly
 
 

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_optim import preset_without_interpolation
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import CPU, make_gpt, make_job, make_state, make_train, make_windows
 
 from llmtrain import checkpoint, clipping, clock, loop
+from llmtrain.build import find, parts
+from llmtrain.compiler import compiled
 from llmtrain.data.packing import Windows
 from llmtrain.loop import Length, due, fit
 from llmtrain.losses import cross_entropy
@@ -24,7 +27,7 @@ from llmtrain.optim.adaptive import adam
 from llmtrain.optim.sgd import sgd
 from llmtrain.pace import Pace, still
 from llmtrain.precision import fp16
-from llmtrain.run import _compiled, summed
+from llmtrain.run import summed
 from llmtrain.schedules import cosine
 
 CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
@@ -725,39 +728,48 @@ WAITING_BELOW = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: reads in Python, and reads below it."""
+    """Counts what would make the host wait for a GPU: reads in Python, and reads below it.
 
-    def __init__(self, monkeypatch):
+    What an optimizer counts its steps in is on the host, whatever the device; reading it is free.
+    """
+
+    def __init__(self, monkeypatch, optimizer=None):
         super().__init__()
-        self.count = 0
+        self.count, self.optimizer = 0, optimizer
         for name in WAITING:
             monkeypatch.setattr(torch.Tensor, name, self._counting(getattr(torch.Tensor, name)))
 
     def _counting(self, method):
         def call(*given, **named):
-            self.count += 1
+            self.count += not self._on_host(given[0])
             return method(*given, **named)
 
         return call
 
+    def _on_host(self, tensor):
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        return any(tensor is state.get(name) for state in states for name in ("step", "mu_product"))
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in [getattr(torch.ops.aten, name) for name in WAITING_BELOW]
+        if func.overloadpacket in [getattr(torch.ops.aten, name) for name in WAITING_BELOW]:
+            self.count += not self._on_host(args[0])
         self.count += func.overloadpacket is torch.ops.aten._to_copy and "device" in (kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
-def test_between_two_lines_of_the_log_nothing_waits_for_the_device(monkeypatch):
-    model = make_gpt(dropout=0.1)
-    state = make_state(model, OPTIMIZERS["adam"][0])
+def waiting(monkeypatch, name="adam", regularization=None, clip_by="norm"):
+    """What has been counted before and after each line of the log, of four."""
+    model, values = make_gpt(layers=1, dropout=0.1), preset_without_interpolation(name)
+    state = make_state(model, lambda groups: find("optim", name).load()(groups, **values))
     job = make_job(
         state,
         RAGGED,
-        make_train(steps=20, batch_size=8, accumulate=2, grad_clip=0.1),
-        regularization={"l1": 1e-4, "l2": 1e-4, "weight_decay": 0.1},
+        make_train(steps=12, batch_size=8, accumulate=2, grad_clip=0.1, clip_by=clip_by),
+        regularization=regularization or {},
         schedule=partial(cosine, warmup=3.0, floor=0.1),
-        log_every=5,
+        log_every=3,
     )
-    waits, measured = Waits(monkeypatch), []
+    waits, measured = Waits(monkeypatch, state.optimizer), []
     measure = loop._measure
 
     def counting(*given):
@@ -770,9 +782,35 @@ def test_between_two_lines_of_the_log_nothing_waits_for_the_device(monkeypatch):
     monkeypatch.setattr(clipping, "_is_there", lambda number: False)  # as on a GPU
     with waits:
         assert fit(state, job) == "finished"
-    assert len(measured) == 4
-    assert all(after > before for before, after in measured)  # the lines do wait, and it is seen
-    assert [before for before, _ in measured] == [0, *(after for _, after in measured[:-1])]
+    assert len(measured) == 4 and all(after > before for before, after in measured)  # the lines wait, and it is seen
+    return measured
+
+
+def between(measured):
+    """What was counted between the lines."""
+    return [before - after for (before, _), (_, after) in zip(measured, [(0, 0), *measured[:-1]], strict=True)]
+
+
+REGULARIZED = {
+    "penalties": {"l1": 1e-4, "l2": 1e-4, "weight_decay": 0.1, "cautious": True, "max_norm": 3.0, "noise": 0.01},
+    "proximal": {"l1": 1e-4, "l1_step": "proximal", "weight_decay": 0.1},
+    "ema": {"sam": 0.05, "average": "ema", "average_start": 0.0},
+    "swa": {"average": "swa", "average_start": 0.0},
+}
+WAIT_FOR_NORMS = {"adafactor"}
+"""torch's own reads the norms of each weight and of its step to the host, between any two lines."""
+
+
+@pytest.mark.parametrize("name", sorted(parts("optim")))
+def test_between_two_lines_of_the_log_nothing_waits_for_the_device(name, monkeypatch):
+    waits = between(waiting(monkeypatch, name))
+    assert (min(waits) > 0) if name in WAIT_FOR_NORMS else (waits == [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("kind", REGULARIZED)
+@pytest.mark.parametrize("clip_by", ["norm", "value", "adaptive"])
+def test_nor_do_regularizers_and_clipping(kind, clip_by, monkeypatch):
+    assert between(waiting(monkeypatch, "adam", REGULARIZED[kind], clip_by)) == [0, 0, 0, 0]
 
 
 # Compiled
@@ -789,8 +827,8 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(scope, accumulate
         model = make_gpt(std=0.3, width=32, layers=3)
         state = make_state(model, OPTIMIZERS["sgd"][0])
         compute = summed(model, CE)
-        inner = _compiled(compute, model, scope if compiled else "off")
-        score = _compiled(summed(model, CE), model, scope if compiled else "off")
+        inner = compiled(compute, model, scope if compiled else "off")
+        score = compiled(summed(model, CE), model, scope if compiled else "off")
 
         def loss(*given):
             if compiled and state.batches >= 1:  # after the first step and the evaluation that follows it
@@ -833,7 +871,7 @@ def test_blocks_share_what_was_compiled():
         torch._dynamo.reset()
         counters.clear()
         model = make_gpt(layers=layers)
-        compute = _compiled(summed(model, CE), model, "block")
+        compute = compiled(summed(model, CE), model, "block")
         micro = make_job(make_state(model), RAGGED, make_train(steps=1)).loader.step(0).micro[0]
         compute(*micro).backward()
         graphs[layers] = counters["stats"]["unique_graphs"]

@@ -11,6 +11,7 @@ from toy import make_gpt, make_job, make_state, make_train, make_windows
 
 from llmtrain import checkpoint
 from llmtrain.build import find, parts
+from llmtrain.compiler import compiled
 from llmtrain.compose import compose_jobs, mend, prepare
 from llmtrain.config import read
 from llmtrain.data.packing import Windows
@@ -23,7 +24,7 @@ from llmtrain.optim.lion import lion
 from llmtrain.optim.muon import muon
 from llmtrain.optim.sgd import sgd
 from llmtrain.pace import Moment, Pace, has_decay, has_momentum, remember, still
-from llmtrain.run import _compiled, summed
+from llmtrain.run import summed
 from llmtrain.schedules import cosine, linear, multistep
 
 CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
@@ -358,8 +359,8 @@ def test_nothing_that_moves_is_compiled_into_a_step():
     counters.clear()
     model = make_gpt(std=0.3)
     state = make_state(model, OPTIMIZERS["adamw"])
-    inner = _compiled(summed(model, CE), model, "model")
-    score = _compiled(summed(model, CE), model, "model")
+    inner = compiled(summed(model, CE), model, "model")
+    score = compiled(summed(model, CE), model, "model")
 
     def guarded(function, *given):
         with torch._dynamo.config.patch(error_on_recompile=state.step >= 2):

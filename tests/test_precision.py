@@ -1,7 +1,14 @@
 """Number formats: what is computed in which, when a device is refused, and what the automatic choice is."""
 
+import copy
+import json
+from functools import partial
+from importlib.util import find_spec
+
 import pytest
 import torch
+from runs import last_checkpoint, lines, tiny
+from safetensors.torch import load_file
 from torch import nn
 from toy import CPU, make_gpt, preset
 
@@ -127,6 +134,156 @@ def test_cpus_with_bf16_instructions_are_fast(amx, avx, fast, monkeypatch):
 
 
 def test_presets_build():
-    assert set(parts("precision")) == {"fp32", "tf32", "bf16", "bf16_weights", "fp16", "auto"}
+    assert set(parts("precision")) == {"fp32", "tf32", "bf16", "bf16_weights", "fp16", "fp8", "auto"}
     for name in ("fp32", "bf16", "bf16_weights", "fp16", "auto"):
         getattr(precision, name)(CPU, **preset(name, "precision"))
+
+
+# float8
+
+
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+class Blocks(nn.Module):
+    """Two blocks of one layer, and an output layer beside them."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(rows, columns) for rows, columns in sizes)
+        self.head = nn.Linear(64, 64)
+
+
+def rounded(x, dtype, dim=None):
+    """The numbers of a matrix after rounding to float8, with a scale for all of them or one for each line."""
+    most = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    scale = (torch.finfo(dtype).max / most.double()).float()
+    if dim is not None:
+        scale = torch.exp2(torch.floor(torch.log2(scale)))
+    return (x * scale).to(dtype).float() / scale
+
+
+@needs_torchao
+@pytest.mark.parametrize("tokens", [32, 7])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_are_those_of_rounded_numbers(recipe, tokens):
+    torch.manual_seed(0)
+    model = Blocks((64, 48))
+    plain = copy.deepcopy(model.blocks[0])
+    precision._to_float8(model, recipe, 16, emulate=True)
+    x = (torch.randn(tokens, 64) * torch.linspace(0.1, 3.0, tokens)[:, None]).requires_grad_()
+    g, w = torch.randn(tokens, 48), plain.weight.detach()
+    y = model.blocks[0](x)
+    y.backward(g)
+    fine, coarse = torch.float8_e4m3fn, torch.float8_e5m2
+    if recipe == "tensorwise":
+        a, b, c = rounded(x, fine), rounded(w, fine), rounded(g, coarse)
+        expected = a @ b.T, c @ b, c.T @ a
+    else:
+        exact = recipe == "rowwise_with_gw_hp"
+        across = rounded(w, fine) if exact else rounded(w, fine, 0)
+        if exact:  # this scale too is a power of 2
+            scale = torch.exp2(torch.floor(torch.log2(torch.finfo(fine).max / w.abs().amax())))
+            across = (w * scale).to(fine).float() / scale
+        expected = (
+            rounded(x, fine, 1) @ rounded(w, fine, 1).T,
+            rounded(g, fine, 1) @ across,
+            g.T @ x if exact else rounded(g, fine, 0).T @ rounded(x, fine, 0),
+        )
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(y, expected[0] + plain.bias, **close)
+    torch.testing.assert_close(x.grad, expected[1], **close)
+    torch.testing.assert_close(model.blocks[0].weight.grad, expected[2], **close)
+    assert not torch.allclose(y, plain(x), **close)  # it does round
+
+
+@needs_torchao
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_in_float8_has_the_same_weights_by_the_same_names_and_is_near_float32(recipe):
+    model, tokens = make_gpt(width=64, heads=4, std=0.05, seed=3), torch.randint(0, 11, (4, 8))
+    exact = copy.deepcopy(model)
+    before = dict(model.named_parameters())
+    precision._to_float8(model, recipe, 16, emulate=True)
+    assert list(model.state_dict()) == list(exact.state_dict())
+    assert all(p is before[n] and p.dtype == torch.float32 for n, p in model.named_parameters())
+    for m in (model, exact):
+        nn.functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten()).backward()
+    for (n, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert 0 < (p.grad - q.grad).norm() < 0.2 * q.grad.norm(), n
+    fresh = make_gpt(width=64, heads=4)  # as those who use it make it
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(tokens), exact(tokens), atol=0, rtol=0)
+
+
+@needs_torchao
+def test_a_model_in_float8_compiles_whole():
+    torch._dynamo.reset()
+    model, tokens = make_gpt(width=64, heads=4, layers=1, std=0.05), torch.randint(0, 11, (4, 8))
+    precision._to_float8(model, "tensorwise", 16, emulate=True)
+    compute = lambda x: model(x).square().sum()
+    compiled = torch.compile(compute, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), compute(tokens))
+    compiled(tokens).backward()
+    torch._dynamo.reset()
+
+
+@needs_torchao
+def test_layers_of_blocks_that_are_large_and_even_are_in_float8():
+    model = Blocks((64, 48), (64, 40), (32, 64), (64, 64))
+    precision._to_float8(model, "tensorwise", 48, emulate=True)
+    assert [type(layer) is nn.Linear for layer in model.blocks] == [False, True, True, False]
+    assert type(model.head) is nn.Linear
+
+
+@pytest.mark.parametrize("model", [Blocks((64, 40), (32, 64)), nn.Sequential(nn.Linear(64, 64))])
+def test_a_model_without_such_layers_is_refused(model):
+    with pytest.raises(ConfigError, match="no layer") as caught:
+        precision._to_float8(model, "tensorwise", 48)
+    assert caught.value.misfits[0].key == "smallest"
+
+
+FP8 = {"recipe": "tensorwise", "smallest": 16}
+
+
+def test_float8_takes_a_device_that_has_it_and_torchao(pretended_gpu, monkeypatch):
+    with pytest.raises(ConfigError, match=r"no float8 products.*Hopper"):
+        precision.fp8(CPU, **FP8)
+    pretended_gpu((8, 6), "RTX 3090")
+    with pytest.raises(ConfigError, match="RTX 3090"):
+        precision.fp8(GPU, **FP8)
+    pretended_gpu((9, 0), "H100")
+    monkeypatch.setattr(precision, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="llmtrain\\[fp8\\]"):
+        precision.fp8(GPU, **FP8)
+    monkeypatch.setattr(precision, "find_spec", lambda name: name)
+    made = precision.fp8(GPU, **FP8)
+    assert made.convert is not None and made.dtype == torch.bfloat16 and "fp8" in made.why
+    assert precision.bf16(GPU).convert is None
+
+
+@needs_torchao
+def test_a_run_in_float8_leaves_what_others_read(call, tmp_path, monkeypatch):
+    """From training and resuming to evaluation, text and export, on a device that only pretends to have it."""
+
+    def pretended(device, *, recipe, smallest):
+        convert = partial(precision._to_float8, recipe=recipe, smallest=smallest, emulate=True)
+        return precision.fp32(device)._replace(convert=convert, why="fp8: pretended")
+
+    words = tiny(tmp_path, "precision=fp8", "precision.smallest=16", "run.name=run", "train.compile=off")
+    run = tmp_path / "runs/run"
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "fp8", pretended)
+        for command in (words, [*words, "resume=auto", "train.steps=6"], ["show", *words[1:], "run.name=null"]):
+            assert (said := call(*command)).code == 0, said.err
+        large = call(*tiny(tmp_path, "precision=fp8", "precision.smallest=4096", "run.name=large"))
+    assert large.code == 2 and "precision.smallest" in large.err and not (tmp_path / "runs/large").exists()
+    weights = load_file(last_checkpoint(run) / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    measured = call("eval", f"run={run}", "device=cpu")
+    assert measured.code == 0 and "fp8" not in measured.out  # judged in a format that is here
+    trained = next(line["val_loss"] for line in reversed(lines(run)) if "val_loss" in line)
+    found = json.loads((run / "eval/metrics.json").read_text())["val_loss"]
+    assert found == pytest.approx(trained, rel=1e-2)
+    assert call("generate", f"run={run}", "tokens=3", "prompt=the", "device=cpu").code == 0
+    assert call("export", f"run={run}", "format=safetensors", f"out={tmp_path / 'out'}").code == 0

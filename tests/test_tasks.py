@@ -468,9 +468,19 @@ def test_the_guess_of_quantities_is_the_mean_of_sklearn(kind: Any) -> None:
         }
 
 
-def test_a_task_without_a_guess_leaves_that_of_the_data() -> None:
-    data = Data(TEXT, Lazy([]), Lazy([]), None, "", "", {}, ("unigram frequencies", {"loss": 1.0}))
-    assert with_baseline(data, causal_lm(TEXT, byte([]))) is data
+def test_a_task_without_a_guess_takes_what_it_measures_of_that_of_the_data() -> None:
+    found = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 2.0, "accuracy": 0.3, "top_2": 0.4, "top_5": 0.5}
+    data = Data(TEXT, Lazy([]), Lazy([]), None, "", "", {}, ("unigram frequencies", found))
+    causal, masked = causal_lm(TEXT, byte([])), masked_lm(TEXT, None, **KNOBS)
+    for task, names in (
+        (causal, ("loss", "perplexity", "bits_per_byte")),
+        (measuring(causal, ["accuracy", "top_5", "top_10"]), ("loss", "accuracy", "top_5")),
+        (masked, ("loss", "perplexity", "accuracy")),  # hidden tokens have no bytes of their own
+        (measuring(masked, ["top_2"]), ("loss", "top_2")),
+    ):
+        judged = with_baseline(data, task)
+        assert judged.baseline == ("unigram frequencies", {name: found[name] for name in names})
+        assert judged.test_baseline is None
     few = labelled([0, 1, 1], [1, 0], 2)
     assert with_baseline(few, multilabel(few.spec, None)).test_baseline is None
 

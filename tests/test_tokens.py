@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from made import bpe, byte, char, wordpiece
 from runs import llmtrain, make_text, start, tiny, write_text
+from sklearn.metrics import top_k_accuracy_score
 
 from llmtrain.data import corpus
 from llmtrain.data.corpus import Document, Sides, from_file, from_text, split_tails
@@ -79,6 +80,9 @@ def test_the_baseline_is_the_unigram_model_with_one_added(tmp_path: Path) -> Non
     assert guess["perplexity"] == pytest.approx(math.exp(nats / len(judged)), rel=1e-12)
     assert guess["accuracy"] == judged.count(seen.most_common(1)[0][0]) / len(judged)
     assert guess["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-12)
+    score = np.tile([float(seen[t]) for t in range(257)], (len(judged), 1))
+    for k in (2, 3, 5, 10):
+        assert guess[f"top_{k}"] == top_k_accuracy_score(judged, score, k=k, labels=range(257))
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])

@@ -39,6 +39,7 @@ SIZED = {
 """What makes a model small, by its part; others are small in themselves."""
 ELSEWHERE = {
     "precision=tf32": "needs a GPU",
+    "precision=fp8": "needs a newer GPU, and larger layers",
     "model=resnet18": "takes larger images than come with the library: tests/test_convolutional.py",
     "model=hf": "takes a folder: tests/test_pretrained.py",
     "tokenizer=model": "goes with model=hf",

@@ -26,6 +26,11 @@ class Step(NamedTuple):
     targets: int
     samples: int
 
+    def cut(self, pieces: int) -> Step:
+        """The same samples with each micro-batch in so many pieces, a number that divides its size."""
+        parts = [zip(*(t.chunk(pieces) for t in micro), strict=True) for micro in self.micro]
+        return self._replace(micro=[type(m)(*p) for m, some in zip(self.micro, parts, strict=True) for p in some])
+
 
 class Loader:
     """Batches of training samples, in an order that each epoch has anew.
@@ -44,6 +49,9 @@ class Loader:
         augment: Varies the samples on the device, by the same keys, and never makes them longer; None leaves them.
         rank: This process's number.
         world: Number of processes.
+
+    Attributes:
+        pieces: What each micro-batch is cut into, when its samples are known: where memory does not hold it.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class Loader:
         self.seed, self.device, self.limit = seed, device, limit
         self.vary, self.augment, self.rank, self.world = vary, augment, rank, world
         self.order, self.buckets = order or Shuffled(len(samples), seed), buckets
+        self.pieces = 1
         self._epoch, self._passes, self._indices = -1, np.empty(0), np.empty(0)
 
     def sample(self, position: int) -> int:
@@ -100,7 +109,7 @@ class Loader:
         batch = to_device(inputs, targets, mask, self.device)
         whole = self.augment(batch, keys) if self.augment is not None else batch
         micro = [self._micro(whole, slice(i, i + size), inputs) for i in range(0, share, size)]
-        return Step(micro, int(mask[:share].sum()), share * self.world)
+        return Step(micro, int(mask[:share].sum()), share * self.world).cut(self.pieces)
 
     def _micro(self, whole: Batch | Mixed, rows: slice, inputs: np.ndarray) -> tuple[Tensor, ...]:
         """Some rows of a batch, cut to what holds their inputs, which the host knows without waiting for the device."""

@@ -30,6 +30,8 @@ _LOSSY = 0.05
 """Share of the text that tokens may lose, or add, before it is told."""
 _FIRST = 5
 """Broken documents that are told by name."""
+_TOPS = 10
+"""The most guesses of which one must be right, the k of `top_k`."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,13 @@ def _chunk(stream: Iterator[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 def _guess(train: np.ndarray, judged: np.ndarray, lengths: np.ndarray) -> dict[str, float] | None:
-    """Metrics of guessing by how often each token occurs in `train`, each once more, in the words of tasks on text."""
+    """Metrics of guessing by how often each token occurs in `train`, each once more, in the words of tasks on text.
+
+    Of tokens that are as frequent, the later ones are guessed first, as `metrics.among_top` counts.
+    """
     if not judged.any():
         return None
+    hits = judged[np.argsort(train, kind="stable")[::-1][:_TOPS]].cumsum() / judged.sum()
     log_p = np.log((train + 1) / (train.sum() + len(train)))
     loss = float(-(judged * log_p).sum() / judged.sum())
     return {
@@ -233,6 +239,7 @@ def _guess(train: np.ndarray, judged: np.ndarray, lengths: np.ndarray) -> dict[s
         "perplexity": math.exp(loss),
         "bits_per_byte": loss * float(judged.sum()) / math.log(2) / float((judged * lengths).sum()),
         "accuracy": float(judged[train.argmax()] / judged.sum()),
+        **{f"top_{k}": float(hit) for k, hit in enumerate(hits, 1) if k > 1},
     }
 
 

@@ -176,7 +176,8 @@ def adafactor(
     """Adafactor: a matrix's second moment from its row and column means (Shazeer & Stern 2018, arXiv:1804.04235).
 
     It keeps rows + columns numbers where Adam keeps 2 * rows * columns. The step is relative to the weights:
-    min(lr, 1 / sqrt(t)) * max(min_scale, rms(w)).
+    min(lr, 1 / sqrt(t)) * max(min_scale, rms(w)). This is torch's own, which reads norms of each weight to the
+    host: each step waits for the GPU, as with no other optimizer here.
 
     Args:
         lr: Largest step as a share of the weights' root mean square. Raise: faster, then divergence. Lower: stabler,

@@ -31,10 +31,14 @@ class Average:
         self.count = 0
         self._values: dict[Tensor, Tensor] = {}
 
+    def first(self, steps: int) -> int:
+        """The step, of so many, after which the first average is taken."""
+        return round(self.start * steps) if self.start < 1 else int(self.start)
+
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:
         """Takes in the weights after a step (0 is the first), if it is one of those that count."""
-        first = round(self.start * steps) if self.start < 1 else int(self.start)
+        first = self.first(steps)
         if step < first or (step - first) % self.every:
             return
         if not self.count:

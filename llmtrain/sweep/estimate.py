@@ -59,4 +59,4 @@ def _look(config: RunConfig) -> tuple[float, int]:
         model = config.model.build(config.task.build(spec, None).asked(spec)).eval()
         flops = 3 * hardware.count_flops(model, hardware.blank(spec)) * train.batch_size
     tokens, dtype = train.batch_size * spec.context, config.precision.build(device).dtype
-    return 2 * flops / hardware.product_rate(device, dtype, model, tokens // train.accumulate), tokens
+    return 2 * flops / hardware.product_rate(device, dtype, model, tokens // train.pieces), tokens

@@ -22,9 +22,11 @@ from llmtrain.config import RunConfig
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.metrics import direction
 
-_NOT_THE_RUN = ("run", "resume", "log", "sweep", "cv")
+_NOT_THE_RUN = ("run", "resume", "log", "sweep", "cv", "bench")
 """Sections that change nothing of what a run comes to."""
-_NOT_THE_SWEEP = ("sweep.", "log.", "run.cache=", "cv.choose=", "cv.refit=", "hydra/launcher=", "hydra.launcher.")
+_NOT_THE_SWEEP = (
+    "sweep.", "log.", "bench.", "run.cache=", "cv.choose=", "cv.refit=", "hydra/launcher=", "hydra.launcher.",
+)  # fmt: skip
 """Overrides that do not make it another sweep: more seeds, another choice or another place go on with what there is."""
 _CHANCE = ("train.seed", "eval.fold", "eval.test_fold")
 _LONGEST = 60

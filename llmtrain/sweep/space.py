@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from llmtrain.knobs import Misfit
 
 _TAGS = {"log", "int"}
-_NOT_DRAWN = ("hydra", "sweep", "cv", "run")
+_NOT_DRAWN = ("hydra", "sweep", "cv", "bench", "run")
 """Sections that say how to search, or where to."""
 _DIGITS = 6
 """Significant digits of a drawn number: more of them tell no two runs apart, and make names long."""

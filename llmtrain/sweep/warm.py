@@ -8,9 +8,9 @@ import importlib
 
 from llmtrain.build import GROUPS, parts
 
-_SLOW = ("torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets")
-"""Making an optimizer imports the first, TensorBoard's files the second, small data sets the third. None of them looks
-for GPUs, which would settle those of every job."""
+_SLOW = ("torch.utils.tensorboard", "sklearn.datasets")
+"""TensorBoard's files import the first, small data sets the second. Neither looks for GPUs, which would settle those of
+every job."""
 
 importlib.import_module("llmtrain.sweep.worker")
 for name in (*_SLOW, *{part.module: 0 for group in GROUPS for part in parts(group).values()}):

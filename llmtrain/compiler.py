@@ -1,0 +1,64 @@
+"""What torch's compiler is told (`train.compile`), and how it stays out where nothing is compiled.
+
+Importing it takes most of a second at each start. torch wraps what is not to be compiled (`torch._disable_dynamo`): the
+first call imports the compiler, only to make a function that it leaves alone, and keeps that beside the original. What
+is never called by compiled code needs no such function, so the original may stand there. Where torch has none of this,
+nothing is changed, and starting takes longer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REPLAYING = ("reduce-overhead", "max-autotune")
+"""The values of `train.compile_mode` that replay CUDA graphs."""
+
+
+def compiled(function: Callable[..., Any], model: nn.Module, scope: str, mode: str = "default") -> Callable[..., Any]:
+    """Compiles as `train.compile` and its mode say; each shape once: the full one, and those of `train.buckets`."""
+    if scope == "model":
+        made = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
+        return _outliving(made) if mode in REPLAYING else made
+    if scope == "block":
+        for block in getattr(model, "blocks", []):
+            if block._compiled_call_impl is None:
+                block.compile(dynamic=False, fullgraph=True, mode=mode)
+    return function
+
+
+def _outliving(replayed: Callable[..., Any]) -> Callable[..., Any]:
+    """What is replayed as a CUDA graph writes its results where the last ones were: here each call gives its own."""
+
+    def call(*given: Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        found = replayed(*given)
+        return tuple(one.clone() for one in found) if isinstance(found, tuple) else found.clone()
+
+    return call
+
+
+def uncompilable(model: nn.Module, scope: str) -> tuple[str, str] | None:
+    """Why a model cannot be compiled as that value of `train.compile` says, and which it can take; None: it can."""
+    if scope != "off" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return "cannot compile recurrent layers: torch would unroll them, and each is one kernel as it is", "off"
+    kinds = {type(block) for block in getattr(model, "blocks", [])}
+    if scope == "block" and (len(kinds) != 1 or kinds.pop().__module__.startswith("torch.")):
+        return "compiles blocks that are alike, once for all of them, and this model is made of no such blocks", "model"
+    return None
+
+
+def never_compiled(function: Callable[..., Any]) -> None:
+    """Lets torch call a function of its own, which no compiled code calls, without importing the compiler for it."""
+    plain = getattr(function, "__wrapped__", None)
+    if plain is not None and not hasattr(plain, "__dynamo_disable"):
+        setattr(plain, "__dynamo_disable", plain)
+
+
+def is_there() -> bool:
+    """Whether the compiler has been imported, so that something may be compiled."""
+    return "torch._dynamo" in sys.modules

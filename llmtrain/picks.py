@@ -1,0 +1,188 @@
+"""What a run picks where its config says `auto`: in how many micro-batches, and whether compiled; and why.
+
+Neither changes what is trained, but for rounding. What is picked follows from the device, the memory that it has free,
+the model and the length of the run alone, so the same command on the same machine picks the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+from llmtrain import budget, gauges, hardware
+from llmtrain.compiler import uncompilable
+from llmtrain.config import RunConfig, Train
+from llmtrain.distributed import world
+from llmtrain.types import DataSpec
+from llmtrain.words import short
+
+_SHARES = {"cuda": 0.9, "cpu": 0.5}
+"""Of the free memory, what tensors may be foreseen to take. On a GPU the rest is for kernels and gaps between tensors;
+on a CPU gaps take more, and nothing but the kernel's killer stops what takes too much."""
+_PAYS = {"cuda": 3e16, "cpu": 1e15}
+"""FLOPs of a run from which on compiling, a minute or so, is made up for by faster steps several times over."""
+_MINUTES = 20
+"""Length from which on it is, for a run by the clock."""
+MOST_COMPILED = 7
+"""Lengths that torch compiles a block for, which is one less than it would, for the whole length is judged as well."""
+_COMPILERS = ("g++", "clang++", "c++")
+
+
+class Pick(NamedTuple):
+    """A value in the place of `auto`.
+
+    Attributes:
+        key: The knob.
+        value: What it is taken to be.
+        why: In words.
+    """
+
+    key: str
+    value: int | str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value} ({self.why})"
+
+
+def picks_for(
+    config: RunConfig,
+    spec: DataSpec,
+    device: torch.device,
+    samples: int | None,
+) -> list[Pick]:
+    """A value for each knob that says `auto`.
+
+    Args:
+        config: A checked config.
+        spec: What the model is asked for.
+        device: Where the run is.
+        samples: How many it takes from its first to its last step; None: that is not known, or up to the clock.
+    """
+    train = config.train
+    if "auto" not in (train.accumulate, train.compile):
+        return []
+    model, where = hardware.outlined(partial(config.model.build, spec))
+    with where:
+        flops = 3 * hardware.count_flops(model.eval(), hardware.blank(spec))
+    picks = []
+    if train.accumulate == "auto":
+        picks.append(_accumulate(config, spec, device, sum(p.numel() for p in model.parameters()), flops))
+    if train.compile == "auto":
+        lacking = uncompilable(model, "model") is not None
+        value, why = compiling(device.type, lacking, train, None if samples is None else flops * samples)
+        picks.append(Pick("train.compile", value, why))
+    return picks
+
+
+def taken(config: RunConfig, picks: Sequence[Pick]) -> RunConfig:
+    """The config with what was picked."""
+    values: Mapping[str, Any] = {pick.key.removeprefix("train."): pick.value for pick in picks}
+    return replace(config, train=replace(config.train, **values))
+
+
+def as_before(picks: Sequence[Pick], before: Mapping[str, Any], batch_size: int) -> list[Pick]:
+    """The same for a run that goes on: what it picked when it began, so that nothing is rounded otherwise.
+
+    Args:
+        picks: Made now.
+        before: The section `train` of when it began.
+        batch_size: Of now.
+    """
+    values = [before.get(pick.key.removeprefix("train.")) for pick in picks]
+    return [
+        pick
+        if value in (None, "auto", pick.value) or not _still(value, batch_size)
+        else Pick(pick.key, value, "as before")
+        for pick, value in zip(picks, values, strict=True)
+    ]
+
+
+def _still(value: int | str, batch_size: int) -> bool:
+    return isinstance(value, str) or batch_size % (value * world()) == 0
+
+
+def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, parameters: int, flops: int) -> Pick:
+    """The fewest micro-batches of which each is foreseen to fit into the free memory, with a margin."""
+    key, share = "train.accumulate", config.train.batch_size // world()
+    free, _ = gauges.free(device)
+    room = int(_SHARES[device.type] * free)
+    if most(parameters, flops * share) <= room:
+        return Pick(key, 1, f"{_samples(share)} at once take little")
+    try:
+        value, peak = fewest(share, room, lambda parts: _needed(config, spec, device, parts))
+    except Exception as error:  # a part may fail in its own way on tensors without contents; real steps will tell
+        return Pick(key, 1, f"what a step takes cannot be foreseen: {(str(error) or repr(error)).splitlines()[0]}")
+    size = _samples(share // value)
+    told = f"{size} a micro-batch; {short(peak)}B of {short(free)}B free foreseen"
+    if peak > room:
+        told += (
+            "; may not fit: lower model.context, or set train.head_chunk, train.recompute=1 or precision=bf16_weights"
+        )
+    return Pick(key, value, told)
+
+
+def most(parameters: int, flops: int) -> int:
+    """Bytes that a step hardly exceeds, by its FLOPs: what is found at once and is enough for small models.
+
+    A number that is kept for the backward pass mostly comes of several FLOPs, forward and backward; beside it there
+    may be another of the same size. Weights, gradients, state and copies take 64 bytes a parameter at most.
+    """
+    return 64 * parameters + 3 * flops
+
+
+def fewest(samples: int, room: int, needed: Callable[[int], int]) -> tuple[int, int]:
+    """The fewest parts of so many samples that need no more than `room`, or one for each; and the bytes they need."""
+    parts = [n for n in range(1, samples + 1) if samples % n == 0]
+    low, high, peaks = 0, len(parts) - 1, dict[int, int]()
+    at = low  # all at once first: so it mostly is
+    while low < high:
+        peaks[at] = needed(parts[at])
+        low, high = (low, at) if peaks[at] <= room else (at + 1, high)
+        at = (low + high) // 2
+    return parts[low], peaks[low] if low in peaks else needed(parts[low])
+
+
+def _needed(config: RunConfig, spec: DataSpec, device: torch.device, parts: int) -> int:
+    train = replace(config.train, accumulate=parts)
+    return budget.memory(replace(config, train=train), spec, device).peak
+
+
+def _samples(number: int) -> str:
+    return f"{number} sample{'s' if number > 1 else ''}"
+
+
+def compiling(device: str, refused: bool, train: Train, flops: float | None) -> tuple[str, str]:
+    """`model` where compiling pays, else `off`; and why.
+
+    Args:
+        device: Its type.
+        refused: Whether the model cannot be compiled as a whole.
+        train: Its length may be one in minutes.
+        flops: Of the whole run; None: not known.
+    """
+    if refused or train.buckets > MOST_COMPILED:
+        return "off", "this model cannot be compiled as a whole" if refused else f"{train.buckets} lengths to compile"
+    if not can_compile(device):
+        return "off", "no C++ compiler here" if device == "cpu" else "no triton or no C compiler here"
+    if train.minutes is not None:
+        long = train.minutes >= _MINUTES
+        return ("model" if long else "off"), f"a run of {train.minutes:g} minutes, and from {_MINUTES} on it pays"
+    if flops is None:
+        return "off", "the length of the run is not known"
+    long = flops >= _PAYS[device]
+    return ("model" if long else "off"), f"a run of {short(flops)}FLOP, and from {short(_PAYS[device])}FLOP on it pays"
+
+
+def can_compile(device: str) -> bool:
+    """Whether what torch compiles with is there."""
+    if device == "cpu":
+        return any(map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS)))
+    return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc")))

@@ -1,0 +1,41 @@
+"""Starting without torch's compiler: it is not there after a run that compiles nothing, and nothing misses it."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import tiny
+
+import llmtrain.optim  # noqa: F401  which leaves the compiler out of torch's optimizers
+from llmtrain.compiler import never_compiled
+
+SCRIPT = """
+import sys
+from llmtrain.cli import main
+assert main(sys.argv[1:]) == 0
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, *tiny(tmp_path, "log.tensorboard=false")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Muon])
+def test_optimizers_step_without_recording_gradients(kind):
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = kind([weight], lr=0.1)
+    weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    assert weight.requires_grad and weight.is_leaf and (weight < 1).all()
+    assert not any(t.requires_grad for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+
+
+def test_what_torch_does_not_wrap_is_left_alone():
+    plain = SimpleNamespace()
+    never_compiled(plain)
+    assert vars(plain) == {}
