@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-gpu check format docs bench effects picture clean
+.PHONY: help install train test test-all test-gpu check format docs bench bench-gpu effects picture clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ bench: $(VENV)/.ready-dev ## measure the overhead of the loop and the speed besi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/peers.py
+
+bench-gpu: $(VENV)/.ready-dev ## measure on a GPU, in under 8 minutes, beside others; pass ARGS="--models gpt_small --nanogpt CHECKOUT"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 effects: $(VENV)/.ready-dev ## measure what each knob does, as far as that is new, and write docs/knob-effects.md
 	$(BIN)/python benchmarks/knob_effects.py

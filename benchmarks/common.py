@@ -26,8 +26,11 @@ SHAPES = {
         ["model.layers=6", "model.width=384", "model.heads=6", "model.context=256", "train.batch_size=16"],
         "precision=bf16",
     ),
+    "small": (["model=gpt_small", "model.context=256", "train.batch_size=2"], "precision=bf16"),
 }
-"""The two shapes that are compared: layers x width, and the precision of each."""
+"""The shapes that are compared: layers x width, or a preset, and the precision of each."""
+USUAL = ("4x128", "6x384")
+"""Those that are compared where none is named."""
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -53,46 +56,47 @@ def machine() -> str:
     return f"{device_name(device)}; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}"
 
 
+def quiet() -> Any:
+    """A screen that shows nothing."""
+    from llmtrain.display import Screen
+
+    screen = Screen()
+    screen.console.quiet = True
+    return screen
+
+
 class Loop:
     """The loop of `llmtrain train`, as far as it takes steps: without evaluating, saving or a screen.
 
-    Called, it takes as many steps as `steps` after ten to warm up, and gives the seconds of one.
+    Called, it takes as many steps as `steps` after ten to warm up, and gives the seconds of one. The vocabulary is the
+    tokenizer's, or a larger one, for a model of a given size.
     """
 
-    def __init__(self, overrides: list[str], steps: int):
+    def __init__(self, overrides: list[str], steps: int, vocab: int | None = None):
         import torch
 
-        from llmtrain.display import Screen
         from llmtrain.hardware import keep_freed_memory
-        from llmtrain.loop import Length
-        from llmtrain.run import make, make_job, pace_of, prepare_data
-        from llmtrain.stop import Stop
-        from llmtrain.story import Origin, Scene, Watcher
+        from llmtrain.picks import taken
+        from llmtrain.run import pace_of, picked, prepare_data, task_of
+        from llmtrain.story import Origin, Watcher
+        from llmtrain.trial import Trial
 
-        config = config_of("train.steps=1000000", "eval.every=1000000", *overrides)
+        config = config_of("train.steps=1000000", "eval.every=1000000", "train.compile=off", *overrides)
         torch.set_num_threads(config.train.threads or torch.get_num_threads())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             keep_freed_memory()  # of the whole process: for all that is timed in it
-        screen = Screen()
-        screen.console.quiet = True
-        self.config, self.device, self.steps = config, device, steps
-        self.data = data = prepare_data(config, screen)
-        self.precision = precision = config.precision.build(device)
-        task = config.task.build(data.spec, data.tokenizer)
-        self.state, regularizer = make(config, task.asked(data.spec), device, precision)
-        samples = len(data.train)
-        length = Length(config.train, samples, data.spec.context, pace_of(config, samples, data.spec))
+        screen = quiet()
+        data = prepare_data(config, screen)
+        self.data = data = replace(data, spec=replace(data.spec, vocab=max(vocab or 0, data.spec.vocab)))
+        task = task_of(config, data)
+        self.config = config = taken(config, picked(config, data, task, device))
+        self.device, self.steps, self.precision = device, steps, config.precision.build(device)
         place = Path(config.run.dir) / uuid.uuid4().hex
         place.mkdir(parents=True)
-        scene = Scene(place, config, Origin(), data, task, device, precision, self.state.model, length, screen)
-        self.watcher = Watcher(scene, self.state)
-        self.job = replace(
-            make_job(scene, regularizer, self.watcher, Stop()),
-            log_every=10,
-            evaluate=lambda: {"val_loss": 0.0},
-            save=lambda state: None,
-        )
+        trial, pace = Trial(config, Origin(), data, task, device, screen), pace_of(config, len(data.train), data.spec)
+        self.state, job = trial.make(config, 10**6, pace, Watcher, place)
+        self.watcher, self.job = job.watcher, replace(job, log_every=10)
 
     def __call__(self) -> float:
         """Takes the steps."""
@@ -125,6 +129,81 @@ class _Until:
 
     def steps(self, step: int, seconds: float) -> int:
         return self._stop_at
+
+
+class Bare:
+    """The step as one would write it in a script: random windows, forward, backward, clip, step.
+
+    Args:
+        compute: Mean loss of inputs and targets, (B, T) both.
+        optimizer: Of all parameters.
+        tokens: To draw windows from.
+        context: Tokens in a window.
+        size: Windows in a micro-batch.
+        pieces: Micro-batches in a step.
+        device: Where the model is.
+        autocast: Makes the context of the forward pass.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[..., Any],
+        optimizer: Any,
+        tokens: Any,
+        *,
+        context: int,
+        size: int,
+        device: Any,
+        autocast: Callable[[], Any],
+        pieces: int = 1,
+    ):
+        import numpy as np
+
+        self.compute, self.optimizer, self.tokens, self.context, self.size = compute, optimizer, tokens, context, size
+        self.device, self.autocast, self.pieces, self._draw = device, autocast, pieces, np.random.default_rng(0)
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, steps: int) -> float:
+        """Takes some steps; seconds of one."""
+        import torch
+
+        start = time.perf_counter()
+        for _ in range(steps):
+            for _ in range(self.pieces):
+                x, y = self._windows()
+                with self.autocast():
+                    loss = self.compute(x, y)
+                (loss / self.pieces).backward()
+            torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
+    def _windows(self) -> tuple[Any, Any]:
+        import numpy as np
+        import torch
+
+        starts = self._draw.integers(0, len(self.tokens) - self.context - 1, self.size)
+        both = [
+            torch.stack([torch.from_numpy(self.tokens[i + o : i + o + self.context].astype(np.int64)) for i in starts])
+            for o in (0, 1)
+        ]
+        if self.device.type == "cuda":
+            both = [t.pin_memory().to(self.device, non_blocking=True) for t in both]
+        return both[0], both[1]
+
+
+def loss_of(model: Any) -> Callable[..., Any]:
+    """Model and mean loss in one function, as one would write it."""
+    import torch.nn.functional as F
+
+    def compute(x: Any, y: Any) -> Any:
+        logits = model(x)
+        return F.cross_entropy(logits.reshape(-1, logits.size(-1)), y.reshape(-1))
+
+    return compute
 
 
 def in_turn(one: Callable[[], float], other: Callable[[], float], rounds: int) -> list[tuple[float, float]]:

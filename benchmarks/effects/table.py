@@ -14,6 +14,8 @@ from llmtrain.build import parts
 GROUPS = ("optim", "schedule", "loss", "regularization", "precision")
 SECTIONS = {"params": None, "train": ("batch_size", "accumulate", "balance", "grad_clip", "clip_by")}
 """Closed sections, and those of their knobs that are meant; None: all."""
+ELSEWHERE = {("precision", "fp8")}
+"""Parts whose effects only a GPU shows (Hopper and newer), so no experiment on a CPU stands for their knobs."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def knobs() -> Iterator[tuple[str, str, str]]:
 
     for group in GROUPS:
         for part in parts(group).values():
-            yield from ((group, part.name, knob) for knob in part.knobs)
+            if (group, part.name) not in ELSEWHERE:
+                yield from ((group, part.name, knob) for knob in part.knobs)
     for section, chosen in SECTIONS.items():
         yield from ((section, "", knob) for knob in knobs_of(CLOSED[section]) if chosen is None or knob in chosen)
