@@ -52,9 +52,9 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "wsd_to_zero": {"schedule": {"warmup": 0.02, "decay": 0.98, "shape": "cosine", "floor": 0.1}},
     "document_mask": {"model": {"document_mask": False}},
     "embedding_norm": {"model": {"embedding_norm": False}},
-    "biases": {"model": {"bias": True}},
+    "bias_free": {"model": {"bias": True}},
 }
-"""What the speedrun has instead of each ingredient: what gpt2 has. `biases` is that it has none."""
+"""What the speedrun has instead of each ingredient: what gpt2 has."""
 
 
 class Run(NamedTuple):

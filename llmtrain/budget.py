@@ -201,6 +201,9 @@ def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
     train, precision, loss = config.train, config.precision.build(device), config.loss.bind()
     with FakeTensorMode(), torch.device(device), _Living() as living:
         model = config.model.build(spec).train()
+        fit_attention(model, train, device, precision.dtype)
+        if (plain := getattr(model, "without_blocks", None)) is not None:
+            plain()
         groups = param_groups(model, **vars(config.params))
         masters = Masters(model, groups, precision.rounding) if precision.rounding is not None else None
         optimizer = config.optim.build(groups)
@@ -225,6 +228,12 @@ def memory(config: RunConfig, spec: DataSpec, device: torch.device) -> Memory:
         state = _bytes(_storages([s for kept in optimizer.state.values() for s in tree_leaves(kept)]))
         weights, buffers = _bytes(_storages([*model.parameters()])), _bytes(_storages([*model.buffers()]))
     return Memory(weights, buffers, gradients, state, activations, casts, living.peak)
+
+
+def fit_attention(model: nn.Module, train: Train, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets the attention of a model go by blocks, if `train.attention` and the device do and no sample is shorter."""
+    if train.attention == "auto" and train.buckets == 1 and (fit := getattr(model, "fit_attention", None)) is not None:
+        fit(device, dtype)
 
 
 def _gradients(

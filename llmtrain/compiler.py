@@ -18,9 +18,16 @@ from torch import Tensor, nn
 REPLAYING = ("reduce-overhead", "max-autotune")
 """The values of `train.compile_mode` that replay CUDA graphs."""
 
+_VARIANTS = 64
+"""How often one function may be compiled: blocks that differ share theirs, and lengths and smaller pieces count too."""
+
 
 def compiled(function: Callable[..., Any], model: nn.Module, scope: str, mode: str = "default") -> Callable[..., Any]:
     """Compiles as `train.compile` and its mode say; each shape once: the full one, and those of `train.buckets`."""
+    if scope != "off":
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = _VARIANTS
     if scope == "model":
         made = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
         return _outliving(made) if mode in REPLAYING else made

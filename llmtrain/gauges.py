@@ -48,7 +48,9 @@ def gauge_of(device: torch.device, share: float) -> Gauge:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says; libraries that allocate by themselves say it in words alone."""
+    """Whether that is what an error, or the one that it came of, says; some libraries say it in words alone."""
+    if (cause := error.__cause__ or error.__context__) is not None and out_of_memory(cause):
+        return True
     words = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import time
@@ -37,8 +38,8 @@ _PEAKS = {
 }
 
 
-_SMALL = 20_000_000
-"""Parameters up to which a model is made in full only to be asked for shapes."""
+_SMALL, _FEW, _NEAR = 20_000_000, 1 << 16, 1024
+"""Parameters, numbers of input, and tokens in a sample, up to which a model is made in full to be asked for shapes."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -93,17 +94,28 @@ def blank(spec: DataSpec, batch: int = 1) -> Tensor:
     return torch.zeros(batch, *spec.shape) if spec.shape else torch.zeros(batch, spec.context, dtype=torch.long)
 
 
-def outlined(build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.device]:
+def outline(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model without numbers, on the meta device."""
+    with torch.device("meta"), _Undrawn():
+        return build()
+
+
+def outlined(build: Callable[[], nn.Module], spec: DataSpec, samples: int = 1) -> tuple[nn.Module, torch.device]:
     """A model to be asked for shapes, and the device for what it is asked with: small ones on the CPU, others on meta.
 
-    A pass on the meta device costs nothing but imports torch's compiler and sympy, which takes more than a second; one
-    sample through a small model takes milliseconds. Leaves random numbers as they stood.
+    A pass on the meta device costs nothing but imports torch's compiler and sympy, which takes more than a second; a
+    few small samples through a small model take milliseconds. Leaves random numbers as they stood.
+
+    Args:
+        build: Makes the model.
+        spec: What its samples are.
+        samples: How many it will be given at a time.
     """
-    meta, cpu = torch.device("meta"), torch.device("cpu")
-    with meta, _Undrawn():
-        model = build()
-    if sum(p.numel() for p in model.parameters()) > _SMALL:
-        return model, meta
+    model, cpu = outline(build), torch.device("cpu")
+    small = sum(p.numel() for p in model.parameters()) <= _SMALL and spec.context <= _NEAR
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # oneDNN hides their products
+    if not small or recurrent or samples * (math.prod(spec.shape) if spec.shape else spec.context) > _FEW:
+        return model, torch.device("meta")
     with cpu, torch.random.fork_rng(devices=[]):
         return build(), cpu
 
@@ -141,7 +153,7 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
 
 def forward_flops(build: Callable[[], nn.Module], spec: DataSpec) -> int:
     """FLOPs of one sample's forward pass through the model that is built."""
-    model, where = outlined(build)
+    model, where = outlined(build, spec)
     with where:
         return count_flops(model.eval(), blank(spec))
 

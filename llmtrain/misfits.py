@@ -53,17 +53,18 @@ class _Told(list[Misfit]):
             self.append(Misfit(prefix, "as given", f"cannot be built or cannot take this data: {why}"))
 
 
-def part_misfits(config: RunConfig) -> list[Misfit]:
+def part_misfits(config: RunConfig, starts: bool = True) -> list[Misfit]:
     """What only the parts themselves can tell, asked on the meta device: nothing is allocated or written.
 
     Args:
         config: A config as `config.read` gives it: what has no good value is None, and is not asked about.
+        starts: Whether a run is to be started, which needs a folder of its own.
     """
     told, precision = _Told(_sizes(config) + _decays(config)), None
     if config.run is not None:
         with told.of():
             folder.check_name(config.run.name)
-            _check_resume(config)
+            _check_resume(config, starts)
     if config.train is not None and config.train.device is not None:
         with told.of():
             device = hardware.choose_device(config.train.device)
@@ -81,8 +82,8 @@ def part_misfits(config: RunConfig) -> list[Misfit]:
     with against.of("model"):
         if config.model is not None:
             part, asked = config.model, task.asked(known) if task is not None else known
-            model, where = hardware.outlined(lambda: part.build(asked))
-    with against.of("model"), where:
+            model, where = hardware.outlined(lambda: part.build(asked), asked, asked.outputs + 1)
+    with against.of("model"), where, torch.no_grad():
         if model is not None and spec is not None and task is not None:
             told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
             told += _unblocked(config.train, model)
@@ -131,10 +132,15 @@ def _ask_update(config: RunConfig, model: nn.Module | None, told: _Told) -> tupl
         with told.of("params"):
             groups = param_groups(model, **{k: v for k, v in vars(config.params).items() if v is not None})
     with told.of("optim"):
-        optimizer = _ask(config.optim, groups)
+        optimizer = _ask(config.optim, [_unmade(group) for group in groups])
     with told.of("regularization"):
         regularizer = _ask(config.regularization, model, groups) if model is not None else None
     return optimizer, regularizer
+
+
+def _unmade(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of parameters without numbers: to an optimizer, those are a question and no run."""
+    return group | {"params": [nn.Parameter(p.detach().to("meta")) for p in group["params"]]}
 
 
 def _ask(choice: Choice | None, *given: Any) -> Any:
@@ -216,7 +222,7 @@ def _at_odds(precision: Precision | None, optimizer: Optimizer | None, regulariz
     return misfits
 
 
-def _check_resume(config: RunConfig) -> None:
+def _check_resume(config: RunConfig, starts: bool) -> None:
     named = config.run.name is not None
     if config.resume is None or config.run.dir is None:
         return
@@ -224,7 +230,7 @@ def _check_resume(config: RunConfig) -> None:
         raise ConfigError([Misfit("resume", "auto", "needs run.name, to know which run to go on with")])
     if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().exists():
         raise ConfigError([Misfit("resume", config.resume, "must be never, auto, or the path of a run or checkpoint")])
-    if named and config.resume != "auto":
+    if starts and named and config.resume != "auto":
         place = folder.place(config.run.dir, config.run.name, "")
         if (place / "config.yaml").exists():
             rule = f"{place} holds a run already; resume=auto goes on with it, another run.name starts beside it"

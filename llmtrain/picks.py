@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from llmtrain import budget, gauges, hardware
 from llmtrain.compiler import uncompilable
@@ -69,14 +71,15 @@ def picks_for(
     train = config.train
     if "auto" not in (train.accumulate, train.compile):
         return []
-    model, where = hardware.outlined(partial(config.model.build, spec))
+    model, where = hardware.outlined(partial(config.model.build, spec), spec)
     with where:
         flops = 3 * hardware.count_flops(model.eval(), hardware.blank(spec))
     picks = []
     if train.accumulate == "auto":
-        picks.append(_accumulate(config, spec, device, sum(p.numel() for p in model.parameters()), flops))
+        picks.append(_accumulate(config, spec, device, model, flops))
     if train.compile == "auto":
-        lacking = uncompilable(model, "model") is not None
+        own = [choice.part.module.startswith("llmtrain.") for choice in (config.model, config.loss)]
+        lacking = uncompilable(model, "model") is not None or not all(own)  # others' may not be made to be compiled
         value, why = compiling(device.type, lacking, train, None if samples is None else flops * samples)
         picks.append(Pick("train.compile", value, why))
     return picks
@@ -88,30 +91,43 @@ def taken(config: RunConfig, picks: Sequence[Pick]) -> RunConfig:
     return replace(config, train=replace(config.train, **values))
 
 
-def as_before(picks: Sequence[Pick], before: Mapping[str, Any], batch_size: int) -> list[Pick]:
+def as_before(picks: Sequence[Pick], before: Mapping[str, Any], batch_size: int, device: str = "cpu") -> list[Pick]:
     """The same for a run that goes on: what it picked when it began, so that nothing is rounded otherwise.
 
     Args:
         picks: Made now.
         before: The section `train` of when it began.
         batch_size: Of now.
+        device: Its type, now.
     """
     values = [before.get(pick.key.removeprefix("train.")) for pick in picks]
     return [
         pick
-        if value in (None, "auto", pick.value) or not _still(value, batch_size)
+        if value in (None, "auto", pick.value) or not _still(value, batch_size, device)
         else Pick(pick.key, value, "as before")
         for pick, value in zip(picks, values, strict=True)
     ]
 
 
-def _still(value: int | str, batch_size: int) -> bool:
-    return isinstance(value, str) or batch_size % (value * world()) == 0
+def _still(value: int | str, batch_size: int, device: str) -> bool:
+    """Whether what was picked before can be had now."""
+    if isinstance(value, str):
+        return value == "off" or can_compile(device)
+    return batch_size % (value * world()) == 0
 
 
-def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, parameters: int, flops: int) -> Pick:
-    """The fewest micro-batches of which each is foreseen to fit into the free memory, with a margin."""
+def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, model: nn.Module, flops: int) -> Pick:
+    """The fewest micro-batches of which each is foreseen to fit into the free memory, with a margin.
+
+    One where more of them would be another training, or several processes would have to agree.
+    """
     key, share = "train.accumulate", config.train.batch_size // world()
+    if config.train.buckets > 1 or any(isinstance(module, _NormBase) for module in model.modules()):
+        what = "the order of samples (train.buckets)" if config.train.buckets > 1 else "batch norm"
+        return Pick(key, 1, f"{what} goes by micro-batches, so free memory does not choose them")
+    if world() > 1:
+        return Pick(key, 1, "several processes do not choose each for itself")
+    parameters = sum(p.numel() for p in model.parameters())
     free, _ = gauges.free(device)
     room = int(_SHARES[device.type] * free)
     if most(parameters, flops * share) <= room:

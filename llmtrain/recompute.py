@@ -15,6 +15,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+_LEAST = 0.1
+"""Share of activations that compiled code keeps at the least: with none, all of them are computed again at once, and
+that takes as much memory as keeping them."""
+
 
 def recompute(model: nn.Module, share: float, compiled: bool = False) -> None:
     """Lets a share of the blocks of a model, the first ones, compute their activations again.
@@ -28,7 +32,7 @@ def recompute(model: nn.Module, share: float, compiled: bool = False) -> None:
     if compiled:
         from torch._functorch import config
 
-        config.activation_memory_budget = 1.0 - share
+        config.activation_memory_budget = max(1.0 - share, _LEAST)
         return
     blocks = list(getattr(model, "blocks", []))
     for block in blocks[: round(share * len(blocks))]:

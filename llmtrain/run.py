@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmtrain import checkpoint, folder, hardware, history, loop
+from llmtrain import budget, checkpoint, folder, hardware, history, loop
 from llmtrain.build import Choice
 from llmtrain.checkpoint import TrainState
 from llmtrain.chunked import in_chunks
@@ -93,7 +93,7 @@ def prepare_data(config: RunConfig, screen: Screen) -> Data:
     try:
         data = read_data(config, screen.preparing)
         task = task_of(config, data)
-        hardware.outlined(lambda: config.model.build(task.asked(data.spec)))  # what it has against this data is told
+        hardware.outline(lambda: config.model.build(task.asked(data.spec)))  # what it has against this data is told
         return with_baseline(data, task)
     finally:
         screen.prepared()
@@ -166,16 +166,17 @@ def _train_in(
     source = _find_source(place, config, screen)
     record = _resume(source, state, config, data) if source is not None else {}
     if record and config.resume == "auto":
-        picks = as_before(picks, record["config"]["train"], config.train.batch_size)
-    config = taken(config, picks)
+        picks = as_before(picks, record["config"]["train"], config.train.batch_size, device.type)
+    asked, config = config, taken(config, picks)
     screen.keep_log(place / "log.txt")
     length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))
     scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen, picks)
-    _write_down(scene, state)
+    _write_down(scene, state, asked)
     stop, trace = Stop(), _trace(scene, state)
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
         job = make_job(scene, regularizer, watcher, stop)
-        job = replace(job, trace=trace, halved=partial(_tell_halved, scene, job.loader))
+        halved = None if job.replays else partial(_tell_halved, scene, job.loader)  # graphs keep what they recorded in
+        job = replace(job, trace=trace, halved=halved)
         summarize(scene, state)
         for note in getattr(scene.model, "notes", []):
             screen.say(note)
@@ -226,16 +227,16 @@ def _trace(scene: Scene, state: TrainState) -> Trace:
     return Profiler(scene.device, steps, state.step, scene.place / "profile" / "trace.json.gz")
 
 
-def _write_down(scene: Scene, state: TrainState) -> None:
-    """Writes what the run is made of, before its first step."""
+def _write_down(scene: Scene, state: TrainState, asked: RunConfig) -> None:
+    """Writes what the run is made of, before its first step: what was asked for, and beside it what was picked."""
     place, config, origin, data, length = scene.place, scene.config, scene.origin, scene.data, scene.length
-    folder.write_config(place, config.plain(), origin.overrides, origin.choices)
+    folder.write_config(place, asked.plain(), origin.overrides, origin.choices)
     folder.write_json(place / "data.json", {"facts": data.facts, "names": data.names, **data.record})
     if data.tokenizer is not None:
         data.tokenizer.save(place / "tokenizer.json")
     goal = goal_of(config.eval)
     steps = length.steps(state.step, state.seconds) if length.seconds is None else None
-    history.begin(place, config.plain(), vars(origin), (f"val_{goal.monitor}", goal.mode == "max"), steps)
+    history.begin(place, asked.plain(), vars(origin), (f"val_{goal.monitor}", goal.mode == "max"), steps)
     history.amend(place, {"picks": [str(pick) for pick in scene.picks]})
 
 
@@ -264,9 +265,7 @@ def make(
     model.to(device)
     if precision.convert is not None:
         precision.convert(model)
-    train = config.train
-    if (fit_attention := getattr(model, "fit_attention", None)) and train.attention == "auto" and train.buckets == 1:
-        fit_attention(device, precision.dtype)
+    budget.fit_attention(model, config.train, device, precision.dtype)
     groups = param_groups(model, **vars(config.params))
     masters = Masters(model, groups, precision.rounding) if precision.rounding is not None else None
     optimizer = remember(config.optim.build(groups))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llmtrain import checkpoint, hardware
+from llmtrain.budget import fit_attention
 from llmtrain.build import GROUPS, SCHEDULES
 from llmtrain.config import SECTIONS, Evaluation, Export, Generation, RunConfig, Sample, check
 from llmtrain.display import Screen
@@ -25,6 +26,7 @@ from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.precision import Precision, auto
 from llmtrain.predictions import Predictions
+from llmtrain.retry import explained
 from llmtrain.run import added_up, prepare_data, task_of, with_outputs
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.topics import option_values, options, section_topic
@@ -57,16 +59,19 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
     if saved["fingerprint"] != data.fingerprint:
         raise UserError(f"{folder}: the data or the tokenizer has changed since this run; its numbers would mislead")
     precision = _precision(config, device)
+    fit_attention(model, config.train, device, precision.dtype)
     samples = data.test if settings.split == "test" else data.val
     if samples is None:
         raise UserError("split=test: this data keeps no test samples; use split=val")
-    size = settings.batch_size or max(config.train.batch_size // config.train.pieces, 1)
+    picked = saved["config"]["train"]["accumulate"]  # in the config of the run it may say auto
+    size = settings.batch_size or max(config.train.batch_size // (picked if isinstance(picked, int) else 1), 1)
     kept = Predictions(task, data.names or ()) if task.read is not None or task.answer is not None else None
     score = (
         with_outputs(model, task.score) if kept is not None else added_up(model, task.score, config.train.head_chunk)
     )
     beside = [kept] if kept is not None else []
-    metrics = evaluate(model, score, samples, task, precision, size, settings.batches, settings.split, beside)
+    with explained(config):
+        metrics = evaluate(model, score, samples, task, precision, size, settings.batches, settings.split, beside)
     rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
     if (guess := (settings.split == "test" and data.test_baseline) or data.baseline) is not None:
         rows.append((f"guess by {guess[0]}", task.words(guess[1])))

@@ -143,6 +143,17 @@ def test_what_is_refused_would_have_failed(name: str, scope: str) -> None:
         function(inputs, torch.zeros(2, 8), torch.ones(2, 8))
 
 
+def test_optimizers_that_cannot_be_saved_are_told_beforehand_of_small_models_too() -> None:
+    assert misfits("optim=library", "optim.optimizer=ScheduleFreeAdamW") == {"optim.optimizer"}
+
+
+def test_blocks_that_differ_do_not_use_up_how_often_they_may_be_compiled() -> None:
+    import torch._dynamo
+
+    compiled(lambda x: x, nn.Linear(1, 1), "model")
+    assert torch._dynamo.config.recompile_limit >= 64
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
     [

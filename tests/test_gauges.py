@@ -47,6 +47,10 @@ def test_the_share_is_of_what_is_free_and_what_is_ours_already():
 )
 def test_a_lack_of_memory_is_told_from_other_errors(error: Exception, lack: bool):
     assert out_of_memory(error) is lack
+    try:
+        raise RuntimeError("the capture failed") from error
+    except RuntimeError as later:
+        assert out_of_memory(later) is lack
 
 
 @pytest.fixture

@@ -93,6 +93,28 @@ def test_flops_hold_for_other_knobs_and_grow_with_the_batch(knobs):
     assert count(3) == 3 * count(1)
 
 
+def test_recurrent_layers_count_on_a_cpu_as_elsewhere():
+    flops = hardware.forward_flops(lambda: nn.LSTM(8, 16, batch_first=True), DataSpec(shape=(5, 8), outputs=2))
+    assert flops == 5 * 2 * 4 * 16 * (8 + 16)
+
+
+def test_only_what_is_small_is_made_to_be_asked_for_shapes():
+    def build() -> nn.Module:
+        return nn.Linear(4, 4)
+
+    before = torch.get_rng_state()
+    devices = [
+        hardware.outlined(build, DataSpec(vocab=8, context=64))[1],
+        hardware.outlined(build, DataSpec(vocab=8, context=4096))[1],
+        hardware.outlined(build, DataSpec(shape=(3, 32, 32), outputs=9), 10)[1],
+        hardware.outlined(build, DataSpec(shape=(3, 224, 224), outputs=9), 10)[1],
+        hardware.outlined(lambda: nn.Linear(10_000, 3_000), DataSpec(vocab=8, context=64))[1],
+    ]
+    assert [device.type for device in devices] == ["cpu", "meta", "cpu", "meta", "meta"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert hardware.outline(build).weight.is_meta
+
+
 def test_counting_leaves_no_trace():
     torch.manual_seed(1)
     expected = torch.rand(3)

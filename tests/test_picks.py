@@ -164,6 +164,27 @@ def test_the_default_job_on_a_cpu_is_what_it_was():
     assert found == {"train.accumulate": 1, "train.compile": "off"}
 
 
+def test_free_memory_does_not_choose_what_would_be_another_training(free):
+    free(1)
+    for words, why in (("train.buckets=2", "train.buckets"), ("model.norm=batchnorm", "batch norm")):
+        pick = picked(composed(*SMALL, words))["train.accumulate"]
+        assert pick.value == 1 and why in pick.why
+
+
+def test_parts_of_others_are_not_compiled_unasked():
+    config = composed(*SMALL)
+    part = replace(config.loss.part, module="mypkg.parts")
+    other = replace(config, loss=replace(config.loss, part=part))
+    assert picked(config, 10**10)["train.compile"].value == "model"
+    assert picked(other, 10**10)["train.compile"].value == "off"
+
+
+def test_a_run_that_goes_on_is_compiled_only_where_that_can_be(monkeypatch: pytest.MonkeyPatch):
+    now = [Pick("train.compile", "off", "new")]
+    monkeypatch.setattr(picks, "can_compile", lambda device: False)
+    assert as_before(now, {"compile": "model"}, 8) == now
+
+
 def test_show_tells_what_would_be_picked(call):
     words = ("show", *SMALL, "train.device=cpu")
     told = json.loads(call(*words, "--json").out)
@@ -185,8 +206,8 @@ def test_a_run_tells_and_keeps_what_it_picked(call, monkeypatch: pytest.MonkeyPa
     place = said.cwd / "runs" / "a"
     record = json.loads((place / "run.json").read_text())
     assert record["picks"][0].startswith("train.accumulate=3 (")
-    assert record["config"]["train.accumulate"] == 3
-    assert "accumulate: 3\n" in (place / "config.yaml").read_text()
+    assert record["config"]["train.accumulate"] == "auto"  # asked for again where the run is made again
+    assert "accumulate: auto\n" in (place / "config.yaml").read_text()
     monkeypatch.setattr(picks, "fewest", lambda samples, room, needed: (6, 5))
     said = call(*words[:-2], "train.steps=4", "run.name=a", "resume=auto")
     assert said.code == 0, said.err

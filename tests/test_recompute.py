@@ -60,6 +60,16 @@ def test_compiled_steps_are_near_plain_ones(scope: str):
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
+def test_compiled_code_always_keeps_some(monkeypatch: pytest.MonkeyPatch):
+    from torch._functorch import config
+
+    monkeypatch.setattr(config, "activation_memory_budget", 1.0)
+    recompute(nn.Linear(1, 1), 1.0, compiled=True)
+    assert config.activation_memory_budget == 0.1
+    recompute(nn.Linear(1, 1), 0.5, compiled=True)
+    assert config.activation_memory_budget == 0.5
+
+
 def test_less_is_kept_and_that_is_foreseen():
     words = ("model=gpt_nano", "model.layers=4", "precision=fp32", "train.batch_size=8", "train.accumulate=1")
     none, half, all_of_them = (

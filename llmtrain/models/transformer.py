@@ -608,6 +608,13 @@ class Transformer(nn.Module):
         sizes = {size for layer in layers for size in (layer.head_dim, layer.value_dim)}
         self.sight = self.sight._replace(blocks=special and flex_takes(device, dtype, sizes))
 
+    def without_blocks(self) -> None:
+        """Where attention would go by blocks, makes it plainly causal: as much memory, by a kernel that is known."""
+        if self.sight.blocks:
+            self.sight, self.slopes = Sight(True, None, None), None
+            for layer in self._attentions():
+                layer.softcap = None
+
     def takes_blocks(self, tokens: Tensor) -> bool:
         """Whether attention over tokens (B, T) goes by blocks: they must be whole, and have no dropout."""
         dropped = self.training and any(layer.dropout for layer in self._attentions())
