@@ -38,7 +38,7 @@ from llmtrain.pace import Pace
 from llmtrain.story import Origin, flops_per_sample
 from llmtrain.tracing import PARTS, Meter, Phase, Profiler
 from llmtrain.trial import Silent, Trial, trying
-from llmtrain.words import duration, short
+from llmtrain.words import duration, several, short
 
 Record = dict[str, Any]
 
@@ -81,7 +81,7 @@ def bench(config: RunConfig, origin: Origin, as_json: bool, words: Sequence[str]
         if config.bench.start:
             found["start"] = _started(trial, words)
         trial.screen.prepared()
-    found["warnings"] = _warnings(found)
+    found["warnings"] = _warnings(found, "steps" if config.bench.steps else "seconds")
     if as_json:
         print(to_json(found, indent=2))
     else:
@@ -133,7 +133,7 @@ def _measured(trial: Trial, load: float) -> Record:
         raise UserError(f"a step of this config fails: {(str(error) or repr(error)).splitlines()[0]}{hint}") from error
     unit, batch = spec.unit, config.train.batch_size
     speed = _speed(meter, batch * spec.context, unit)
-    trial.screen.preparing("matrix products and copies", 3, 4) if trial.screen.live_wanted else None
+    _going(trial, "matrix products and copies", len(phases(config.bench)))
     return {
         "model": {
             "name": trial.origin.option("model", config.model.part.name),
@@ -156,15 +156,13 @@ def _taken(trial: Trial, state: TrainState, job: Job) -> Meter:
     Raises:
         UserError: If the loss is no number.
     """
-    config, screen = trial.config, trial.screen
+    plan = phases(trial.config.bench)
 
-    def told(phase: Phase) -> None:
-        if screen.live_wanted:
-            screen.preparing(phase.name, plan.index(phase), 4)
-        else:
-            screen.say(f"{phase.name}: {_how_long(phase)}")
+    def told(phase: Phase, share: float) -> None:
+        _going(trial, phase.name, plan.index(phase) + share)
+        if not share and not trial.screen.live_wanted:
+            trial.screen.say(f"{phase.name}: {_how_long(phase)}")
 
-    plan = phases(config.bench)
     meter = Meter(trial.device, plan, told)
     with meter:
         status = fit(state, replace(job, trace=meter, stop=meter.enough))
@@ -173,8 +171,19 @@ def _taken(trial: Trial, state: TrainState, job: Job) -> Meter:
     return meter
 
 
+def _going(trial: Trial, what: str, done: float) -> None:
+    """Moves the bar on a terminal: so many phases are done, after which come products, and maybe starting anew."""
+    if trial.screen.live_wanted:
+        stages = len(phases(trial.config.bench)) + 1 + trial.config.bench.start
+        trial.screen.preparing(what, round(100 * done), 100 * stages)
+
+
 def _how_long(phase: Phase) -> str:
-    return f"{phase.most} steps" if phase.most < _ENDLESS else f"about {duration(phase.seconds)}"
+    """How long a phase lasts, at most."""
+    if phase.most >= _ENDLESS:
+        return f"about {duration(phase.seconds)}"
+    steps = several(int(phase.most), "step")
+    return f"{phase.most // 2} of {steps}" if phase.apart else steps
 
 
 def _speed(meter: Meter, amount: int, unit: str) -> Record:
@@ -197,8 +206,20 @@ def _speed(meter: Meter, amount: int, unit: str) -> Record:
 def _parts(meter: Meter) -> Record:
     """Seconds of the parts of a step, and what measuring them costs, a share of a step."""
     apart, between = meter.steps("taking steps apart"), meter.steps(Meter.WHOLE)
-    cost = float(np.median(apart) / np.median(between)) - 1
-    return meter.parts("taking steps apart") | {"step": sum(apart) / len(apart), "steps": len(apart), "cost": cost}
+    cost, error = _cost(apart, between)
+    whole = {"step": sum(apart) / len(apart), "steps": len(apart), "cost": cost, "cost_error": error}
+    return meter.parts("taking steps apart") | whole
+
+
+def _cost(apart: Sequence[float], between: Sequence[float]) -> tuple[float, float | None]:
+    """What steps taken apart take beyond the whole ones after them, a share; and how far off that may be.
+
+    The error is that of a median with 95 percent, by the quartiles (McGill, Tukey & Larsen 1978); None of two pairs.
+    """
+    ratios = [a / b for a, b in zip(apart, between, strict=False)]
+    low, median, high = (float(np.quantile(ratios, q)) for q in (0.25, 0.5, 0.75))
+    error = 1.96 * 1.25 * (high - low) / (1.35 * len(ratios) ** 0.5)
+    return median - 1, error if len(ratios) >= _LEAST else None
 
 
 def _compute(trial: Trial, state: TrainState, job: Job, seconds: float) -> Record:
@@ -313,7 +334,8 @@ def _started(trial: Trial, words: Sequence[str]) -> Record:
         found: Record = {}
         for kind in kinds:
             title = "starting anew" + (f", with a {kind} cache of what is compiled" if compiled else "")
-            trial.screen.preparing(title, 3, 4) if trial.screen.live_wanted else trial.screen.say(title)
+            _going(trial, title, len(phases(trial.config.bench)) + 1 + len(found) / len(kinds))
+            trial.screen.say(title) if not trial.screen.live_wanted else None
             found[kind] = _start_once(words, own)
     return found
 
@@ -336,21 +358,22 @@ def _start_once(words: Sequence[str], environment: dict[str, str]) -> Record:
 # -- telling --------------------------------------------------------------------------------------------------
 
 
-def _warnings(found: Record) -> list[str]:
-    """Why not to trust it."""
+def _warnings(found: Record, length: str) -> list[str]:
+    """Why not to trust it; `length` is the knob that says how long it is measured."""
     machine, speed, parts = found["machine"], found["speed"], found["parts"]
     warnings = []
     if machine["load"] > _BUSY * machine["cores"]:
         warnings.append(
             f"Other work was going on: a load of {machine['load']:.1f} on {machine['cores']} cores. "
-            "Figures are too low by what it took."
+            "Times are too high and rates too low by what it took."
         )
     if speed["spread"] > 0.2:
-        warnings.append(f"Steps differ much: the middle half of them by {speed['spread']:.0%}. Measure longer.")
+        spread = f"the middle half spans {speed['spread']:.0%} of the median"
+        warnings.append(f"Steps differ much: {spread}; raise {length}.")
     if speed["steps"] < 2 * _LEAST:
-        warnings.append(f"{speed['steps']} steps are few; raise seconds.")
-    if abs(parts["cost"]) > 0.1:
-        warnings.append(f"Steps taken apart took {parts['cost']:+.0%}: their parts may be off by as much.")
+        warnings.append(f"Measured in {several(speed['steps'], 'step')}, which is little; raise {length}.")
+    if parts["cost_error"] is not None and abs(parts["cost"]) > max(0.1, parts["cost_error"]):
+        warnings.append(f"Taking steps apart changed them by {parts['cost']:+.0%}: their parts may be off by as much.")
     return warnings
 
 
@@ -374,10 +397,10 @@ def _speed_table(found: Record) -> Table:
     unit, context = batch["unit"], batch["context"]
     whole = f"{batch['samples']} x {context} = {short(batch['samples'] * context)} {unit}"
     micro = f" in {batch['micro_batches']} micro-batches" if batch["micro_batches"] > 1 else ""
-    steps = f"median of {speed['steps']} steps of {whole if context > 1 else batch['samples']}{micro}"
+    steps = f"median of {several(speed['steps'], 'step')} of {whole if context > 1 else batch['samples']}{micro}"
     table = tabular("", ">", "")
     table.add_row(f"{unit}/s", short(speed[f"{unit}_per_second"]), steps, style="bold")
-    table.add_row("step", _ms(speed["median"]), f"half of them within {speed['spread']:.1%}")
+    table.add_row("step", _ms(speed["median"]), f"the middle half spans {speed['spread']:.1%} of it")
     table.add_row("p95", _ms(speed["p95"]), f"from {_ms(speed['least'])} to {_ms(speed['most'])}")
     table.add_row("first step", _ms(speed["first"]), f"the first of {speed['warmup']} to warm up")
     return table
@@ -402,12 +425,18 @@ def _parts_table(found: Record) -> Table:
     table = tabular("", ">", ">", "")
     for name in (*PARTS, "rest"):
         table.add_row(name, _ms(parts[name]), f"{parts[name] / parts['step']:.1%}", _WHAT[name])
-    table.add_row("step", _ms(parts["step"]), "", f"mean of {parts['steps']}", style="bold")
+    table.add_row("step", _ms(parts["step"]), "", f"mean of {parts['steps']} taken apart", style="bold")
     return table
 
 
 def _parts_note(parts: Record) -> str:
-    note = f"Measuring the parts of a step changes it by {parts['cost']:+.1%}."
+    cost, error = parts["cost"], parts["cost_error"]
+    if error is None:
+        note = "These are too few steps to tell what measuring their parts changes."
+    elif abs(cost) <= error:
+        note = f"Measuring the parts of a step changes it by less than can be seen, {error:.1%}."
+    else:
+        note = f"Measuring the parts of a step changes it by {cost:+.1%}, give or take {error:.1%}."
     if parts["device_idle"] is not None:
         note += f" The GPU computes nothing in {parts['device_idle']:.1%} of the time."
     return note

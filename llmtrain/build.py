@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from llmtrain import knobs as knob_types
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest, unique
@@ -209,7 +209,8 @@ def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Mi
     rule = "must be " + describe(schema[key])
     if key not in given:
         return Misfit(key, "(missing)", "has no value; it " + rule)
-    choices = [choice for choice in get_args(schema[key]) if isinstance(choice, str)]
+    kinds = [kind for kind in (schema[key], *get_args(schema[key])) if get_origin(kind) is Literal]
+    choices = [choice for kind in kinds for choice in get_args(kind) if isinstance(choice, str)]
     return Misfit(key, given[key], rule, nearest(str(given[key]), choices))
 
 

@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from llmtrain.build import GROUPS
 from llmtrain.compose import (
     ALIASES,
     SHARED,
@@ -30,10 +31,11 @@ from llmtrain.compose import (
     prepare,
 )
 from llmtrain.config import SECTIONS, RunConfig, check_command, knobs_of, read
-from llmtrain.knobs import ConfigError, Misfit, UserError
+from llmtrain.knobs import ConfigError, Misfit, UserError, nearest
 
 _SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
 _VALUED = ("cfg", "package", "config_name", "config_dir", "info")
+_OURS = ("json", "png", "dry_run", "trust")
 _ONE_OF = ("run", "multirun", "cfg", "info", "shell_completion")
 _SHOW_USAGE = """usage: llmtrain show [GROUP=OPTION ...] [KEY=VALUE ...] [--json] [--png FILE]
 
@@ -81,10 +83,10 @@ How fast this machine takes the steps of what `llmtrain train` would train with 
 each part of a step takes, how far that is from what the machine can do, memory, and what starting takes. The data is
 the real one; the learning rate is 0, so that no loss diverges. Nothing is kept.
 
-  llmtrain bench model=gpt_small                    about half a minute
-  llmtrain bench model=gpt_small train.compile=model       also what compiling takes, with an empty cache and a full one
-  llmtrain bench seconds=60 start=false             longer, and the steps alone
-  llmtrain bench --json                             the same as JSON
+  llmtrain bench model=gpt_small                        about half a minute; of slow steps, the time of a dozen
+  llmtrain bench model=gpt_small train.compile=model    also what compiling takes, with an empty cache and a full one
+  llmtrain bench seconds=60 start=false                 longer, and the steps alone
+  llmtrain bench --json                                 the same as JSON
 
 llmtrain explain bench tells of its knobs.
 """
@@ -238,9 +240,18 @@ def bench(argv: list[str]) -> int:
 
 
 def _short(section: str, argv: Sequence[str]) -> list[str]:
-    """The words of a command whose own section may be left out of its keys: `folds=5` for `cv.folds=5`."""
-    known = tuple(f"{knob}=" for knob in knobs_of(SECTIONS[section]))
-    return [f"{section}.{word}" if word.startswith(known) else word for word in argv]
+    """The words of a command whose own section may be left out of its keys: `folds=5` for `cv.folds=5`.
+
+    A key of no section that is nearly one of its own, as `fold`, is taken for a misspelled one.
+    """
+    known = knobs_of(SECTIONS[section])
+    others = {*GROUPS, *SECTIONS, *ALIASES, "resume"}
+
+    def own(word: str) -> bool:
+        key, given, _ = word.partition("=")
+        return bool(given) and (key in known or (key not in others and "." not in key and bool(nearest(key, known))))
+
+    return [f"{section}.{word}" if own(word) else word for word in argv]
 
 
 def _look(
@@ -272,7 +283,7 @@ def _look(
         raise ConfigError([Misfit("--multirun", "true", one)])
     job = compose_jobs(name, options.overrides, False)[0]
     looks = options.cfg or options.info or options.hydra_help
-    config = _check_jobs([job], options.trust, parts=not looks, only=only)[0]
+    config = _check_jobs([job], options.trust, parts=not looks, only=only, starts=False)[0]
     return _show(name, options) if looks else tell(config, _origin(job), options.json, getattr(options, "png", None))
 
 
@@ -325,7 +336,10 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
     shown = next(action.choices for action in parser._actions if action.dest == "info") or ()
     pairs = zip(argv, [*argv, ""][1:], strict=True)  # an override may follow --info, which would take it
     argv = ["--info=all" if word in ("--info", "-i") and after not in shown else word for word, after in pairs]
-    options = parser.parse_intermixed_args(argv)
+    options, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        meant = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {meant}?" if meant else ""))
     options.overrides = [mend(override) for override in options.overrides]
     refused = {
         "experimental_rerun": "reads a pickle, which can run code; use --config-dir RUN_FOLDER instead",
@@ -336,6 +350,9 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
         for flag, rule in refused.items()
         if getattr(options, flag, None)
     ]
+    words = [word.partition("=") for word in options.overrides]
+    own = [word for word in words if word[0].replace("-", "_") in _OURS and word[0].replace("-", "_") in options]
+    misfits += [Misfit(key, value, "is a flag", f"--{key.replace('_', '-')}") for key, _, value in own]
     several = ["--" + flag.replace("_", "-") for flag in _ONE_OF if getattr(options, flag)]
     if len(several) > 1:
         misfits.append(Misfit(several[0], " ".join(several[1:]), "only one of them at a time"))
@@ -384,7 +401,12 @@ def _raise_all(per_job: list[list[Misfit]]) -> None:
 
 
 def _check_jobs(
-    jobs: list[Composed], trust: Sequence[str], parts: bool = True, only: Sequence[str] = (), many: bool = False
+    jobs: list[Composed],
+    trust: Sequence[str],
+    parts: bool = True,
+    only: Sequence[str] = (),
+    many: bool = False,
+    starts: bool = True,
 ) -> list[RunConfig]:
     """Checks every job, schema first, then what the parts say; raises once with all of it.
 
@@ -394,6 +416,7 @@ def _check_jobs(
         parts: Whether the parts are asked.
         only: Sections and groups that count, and `train`; what is wrong with others is not told. Empty: all do.
         many: Whether they are jobs of a sweep, whose folders are its own, and which go on by themselves.
+        starts: Whether they are to be run, and not only looked at.
     """
     per_job = [list(job.misfits) for job in jobs]
     configs: list[RunConfig] = []
@@ -411,7 +434,7 @@ def _check_jobs(
             if many and config.run is not None:
                 start = "never" if config.resume == "auto" else config.resume
                 asked = replace(asked, run=replace(config.run, name=None), resume=start)
-            found = found + part_misfits(asked)
+            found = found + part_misfits(asked, starts)
         told = {m.key for m in misfits}
         spoiled = tuple(f"{group}." for group in job.spoiled)
         misfits += [m for m in found if m.key not in told and not (spoiled and m.key.startswith(spoiled))]

@@ -84,9 +84,9 @@ class Train:
             reduce-overhead: a step is recorded and replayed as CUDA graphs, which pays where the GPU waits for the
             host, as it does for small models; it needs memory of its own. max-autotune-no-cudagraphs: tries several
             kernels for each product, minutes of compiling for some percent of a step. max-autotune: both.
-        profile: true: three of the first steps are written down, operation by operation, to profile/trace.json.gz in
-            the run's folder, which https://ui.perfetto.dev shows; the closing table names what took longest. These
-            steps are slower. false: nothing is.
+        profile: true: up to three of the first steps are written down, operation by operation, to
+            profile/trace.json.gz in the run's folder, which https://ui.perfetto.dev shows; the closing table names
+            what took longest. These steps are slower. false: nothing is.
         attention: auto: where a mask or a cap keeps the fastest kernels away (documents apart, a window, padding,
             alibi, a softcap), a GPU in bf16 or fp16 goes by blocks of 128 tokens and leaves out those that nobody sees,
             with torch's flex_attention, which is compiled at the first step; this takes samples of whole blocks, no
@@ -374,14 +374,14 @@ class Benching:
     """How `llmtrain bench` measures.
 
     Args:
-        warmup: Steps before those that count, the first of which compile and take memory. Raise: surer that all is
-            settled. Lower: done sooner. One is enough once they take as long as `seconds` says.
+        warmup: Steps before those that count, the first of which compile and take memory; fewer, one at least, where
+            they last longer than `seconds`. Raise: surer that all is settled. Lower: done sooner.
         seconds: How long whole steps are measured, three at least; steps taken apart get half of it. Raise: surer,
             also of rare slow steps. Lower: done sooner.
         steps: Whole steps to measure, and as many taken apart. Raise: surer. Lower: done sooner. null: as many as fit
             into `seconds`.
-        start: true: also starts the run anew in a process of its own, to tell what starting takes; where the config
-            compiles in two, the first with an empty cache. false: does not.
+        start: true: also starts the run in a process of its own, to tell what starting takes. A run that compiles is
+            started twice: with an empty cache, then with what the first start left there. false: does not.
     """
 
     warmup: Count

@@ -15,15 +15,28 @@ from llmtrain.build import GROUPS
 from llmtrain.compose import ALIASES, config_folder
 from llmtrain.config import COMMANDS, TOLD, knobs_of
 from llmtrain.knobs import ConfigError, Misfit, nearest
-from llmtrain.topics import Knob, Topic, command_topic, option_topic, options, resume_knob, section_topic
+from llmtrain.topics import (
+    Knob,
+    Topic,
+    command_topic,
+    comment,
+    experiment_topic,
+    option_topic,
+    options,
+    resume_knob,
+    section_topic,
+)
 
+_OWN = ("cv", "bench")
+"""Sections that are another command's than `train`, in whose words they may be left out."""
 _USAGE = """usage: llmtrain explain [GROUP | SECTION | GROUP=OPTION | KEY]
 
-  llmtrain explain               the groups and sections
+  llmtrain explain               the groups, sections and experiments
   llmtrain explain optim         the options of a group
   llmtrain explain optim=adam    a table of an option's knobs
   llmtrain explain train         a table of a section's knobs
   llmtrain explain optim.beta2   one knob in full
+  llmtrain explain experiment=gpt2     what an experiment sets
   llmtrain explain --markdown    everything, as one Markdown page
 """
 
@@ -46,6 +59,10 @@ def explain(argv: Sequence[str]) -> int:
     word = ALIASES.get(head, head) + word[len(head) :]
     if word in GROUPS:
         _show_group(console, word)
+    elif word == "experiment":
+        _show_experiments(console)
+    elif word.startswith("experiment="):
+        _show_experiment(console, word.partition("=")[2])
     elif "=" in word:
         group, option = word.split("=", 1)
         _show_topic(console, option_topic(group, option))
@@ -78,50 +95,58 @@ def show_command(name: str) -> None:
 
 
 def _show_all(console: Console) -> None:
-    table = Table(
-        title="groups: choose with GROUP=OPTION", title_justify="left", box=None, pad_edge=False, title_style="bold"
-    )
-    for column in ("group", "what it is", "options"):
-        table.add_column(column, style="cyan" if column == "group" else "", overflow="fold")
+    table = _titled("groups: choose with GROUP=OPTION", "group", "what it is", "options")
     for name, group in GROUPS.items():
         table.add_row(name, group.meaning, f"those of {group.folder}" if group.folder else ", ".join(options(name)))
     console.print(table)
-    table = Table(
-        title="\nsections: change with SECTION.KNOB=VALUE",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        title_style="bold",
-    )
-    for column in ("section", "what it is", "knobs"):
-        table.add_column(column, style="cyan" if column == "section" else "", overflow="fold")
+    table = _titled("\nsections: change with SECTION.KNOB=VALUE", "section", "what it is", "knobs")
     for name, section in TOLD.items():
         table.add_row(name, section_topic(name).summary.split("\n")[0], ", ".join(knobs_of(section)))
     table.add_row("resume", "Whether to go on from a checkpoint.", "resume")
     console.print(table)
+    console.print()
+    _show_experiments(console)
     console.print(
         "\nllmtrain explain optim.lr tells one knob in full; optim=adam all of an option's; train a section's."
     )
 
 
-def _show_group(console: Console, group: str) -> None:
-    table = Table(
-        title=f"{group}: {GROUPS[group].meaning}", title_justify="left", box=None, pad_edge=False, title_style="bold"
-    )
-    table.add_column("option", style="cyan")
-    table.add_column("what it is")
-    table.add_column("knobs")
-    for option in options(group):
-        topic = option_topic(group, option)
-        note = _comment(topic.file)
-        table.add_row(f"{group}={option}", note or topic.summary.split("\n\n")[0], ", ".join(topic.knobs) or "none")
+def _titled(title: str, *columns: str) -> Table:
+    """A table without lines, its title above and its first column in colour."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for column in columns:
+        table.add_column(column, style="cyan" if column == columns[0] else "", overflow="fold")
+    return table
+
+
+def _show_experiments(console: Console) -> None:
+    table = _titled("experiments, overlays on all of it: choose with experiment=NAME", "experiment", "what it is")
+    for name in options("experiment"):
+        table.add_row(name, Text(re.split(r"(?<=\.)\s", experiment_topic(name).about)[0]))
     console.print(table)
 
 
-def _comment(file: Path) -> str:
-    """The first line of a YAML file, if it is a comment: what this preset is."""
-    first = file.read_text(encoding="utf-8").splitlines()[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+def _show_experiment(console: Console, name: str) -> None:
+    """What an experiment says of itself, and all that it sets."""
+    topic = experiment_topic(name)
+    console.print(Text(f"experiment={name}", style="bold"), Text(topic.about), Text(), sep="\n")
+    table = _titled("", "sets", "to")
+    for key in topic.options:
+        table.add_row(key, Text(topic.options[key]))
+    for key in topic.values:
+        table.add_row(key, Text(_value(topic.values, key)))
+    console.print(table)
+    console.print(Text(f"values: {_where(topic.file)}", style="dim"))
+
+
+def _show_group(console: Console, group: str) -> None:
+    table = _titled(f"{group}: {GROUPS[group].meaning}", "option", "what it is", "knobs")
+    for option in options(group):
+        topic = option_topic(group, option)
+        note = comment(topic.file)
+        told = Text(note or topic.summary.split("\n\n")[0])
+        table.add_row(f"{group}={option}", told, ", ".join(topic.knobs) or "none")
+    console.print(table)
 
 
 def _show_topic(console: Console, topic: Topic) -> None:
@@ -167,12 +192,13 @@ def _show_knob(console: Console, key: str) -> None:
     if group in GROUPS:
         topics = [option_topic(group, option) for option in options(group)]
     elif group in TOLD:
-        topics = [section_topic(group)]
+        topics = [section_topic(group), *([command_topic(group)] if group in COMMANDS else [])]
     elif group in COMMANDS:
         topics = [command_topic(group)]
     else:
-        known = [*GROUPS, *TOLD, *COMMANDS, "resume"]
-        raise ConfigError([Misfit("explain", key, "no such group, section or knob", nearest(key, known + _all_keys()))])
+        known = [*GROUPS, *TOLD, *COMMANDS, "resume", "experiment", *_all_keys()]
+        meant = " or ".join(choice for choice in _choices() if choice.partition("=")[2] == key)
+        raise ConfigError([Misfit("explain", key, "no such group, section or knob", meant or nearest(key, known))])
     having = [topic for topic in topics if name in topic.knobs]
     if not having:
         known = sorted({k for topic in topics for k in topic.knobs})
@@ -201,7 +227,7 @@ def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
     ):
         if text:
             table.add_row(title, Text(text))
-    name = knob.key.split(".", 1)[1]
+    name = knob.key.rpartition(".")[2]
     values = ", ".join(f"{_value(topic.values, name)} ({topic.title}, {_where(topic.file)})" for topic in topics)
     table.add_row("value", Text(values))
     table.add_row("declared", Text(", ".join(dict.fromkeys(topic.declared for topic in topics))))
@@ -210,17 +236,28 @@ def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
     )
     if sources:
         table.add_row("source", Text(" ".join(sources)))
-    table.add_row("change it", Text(f"llmtrain train {knob.key}=VALUE     sweep it: -m {knob.key}=VALUE,VALUE"))
+    table.add_row("change it", Text(_change(knob.key, topics[0])))
     console.print(table)
     console.print()
 
 
+def _change(key: str, topic: Topic) -> str:
+    """The words that change a knob: those of `train`, or of the command whose own it is."""
+    section, _, name = key.rpartition(".")
+    if section in _OWN or (section in COMMANDS and topic == command_topic(section)):
+        return f"llmtrain {section} {name}=VALUE"
+    return f"llmtrain train {key}=VALUE     sweep it: -m {key}=VALUE,VALUE"
+
+
 def complete(word: str) -> int:
     """Prints what there is to ask that begins like this, for tab completion."""
-    chosen = [f"{group}={option}" for group in GROUPS for option in options(group)]
-    known = [*GROUPS, *TOLD, *COMMANDS, "resume", *chosen, *_all_keys()]
+    known = [*GROUPS, *TOLD, *COMMANDS, "resume", "experiment", *_choices(), *_all_keys()]
     print("\n".join(question for question in dict.fromkeys(known) if question.startswith(word)))
     return 0
+
+
+def _choices() -> list[str]:
+    return [f"{group}={option}" for group in (*GROUPS, "experiment") for option in options(group)]
 
 
 def _all_keys() -> list[str]:

@@ -51,12 +51,19 @@ def zeros(model: nn.Module, *, patterns: dict | None) -> None:
     """All matrices, kernels and embeddings zero: for single layers, within another part's patterns.
 
     A language model whose output layer begins so guesses evenly at the start: init.patterns={output:{name:zeros}}.
+    A model of several such layers would never move, as no gradient passes a matrix of zeros.
 
     Args:
         patterns: Layers with an initialization of their own: init.patterns={head:{name:normal,std:0.002}} on the
             command line. Keys are globs over names of layers and weights (* stands for any text, dots too) and
             hold for all inside; the last match counts, and a key without a match is an error.
+
+    Raises:
+        ConfigError: If it is to begin a whole model of more than one layer.
     """
+    layers = [weight for weight in _weights(model) if weight.kind not in ("norm", "bias")]
+    rule = "lets no gradient through a model of several layers; it is for some: init.patterns={output:{name:zeros}}"
+    require(name=(isinstance(model, _Selection) or len(layers) < 2, "zeros", rule))
     _initialize(model, patterns, lambda w: nn.init.zeros_(w.tensor))
 
 

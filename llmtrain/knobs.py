@@ -58,7 +58,7 @@ _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", t
 
 
 def describe(annotation: Any) -> str:
-    """A type in words: `integer >= 1`, `number >= 0 and < 1`, `one of relu, gelu`, `... or null`."""
+    """A type in words: `integer >= 1`, `number >= 0 and < 1`, `one of relu, gelu`, `... or auto`, `... or null`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         base, *bounds = get_args(annotation)
@@ -67,7 +67,8 @@ def describe(annotation: Any) -> str:
         limits = [f"{_BOUNDS[type(b)][0]} {getattr(b, _BOUNDS[type(b)][1])}" for b in bounds if type(b) in _BOUNDS]
         return " ".join([describe(base), " and ".join(limits)]).strip()
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(annotation))
+        choices = [str(choice) for choice in get_args(annotation)]
+        return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
     if origin in (Union, types.UnionType):
         return " or ".join(describe(choice) for choice in get_args(annotation))
     if origin is list:

@@ -27,7 +27,7 @@ from llmtrain.picks import Pick, picks_for, taken
 from llmtrain.run import pace_of, provisional, provisional_loss, setup_for
 from llmtrain.story import Origin
 from llmtrain.types import DataSpec
-from llmtrain.words import short
+from llmtrain.words import several, short
 
 _ROWS, _COLUMNS = 8, 72
 _UNKNOWN = 1000
@@ -177,7 +177,7 @@ def _made_up(config: RunConfig, known: bool, epoch: int) -> list[str]:
     chosen = [getattr(config, group) for group in SCHEDULES]
     notes = [] if known else [f"The length depends on the data or the clock; drawn as if {_UNKNOWN} steps."]
     if any("epoch" in str(value) for choice in chosen for value in choice.values.values()):
-        notes.append(f"The length of an epoch depends on the data; drawn as if {epoch} steps.")
+        notes.append(f"The length of an epoch depends on the data; drawn as if {several(epoch, 'step')}.")
     if any("losses" in choice.part.given for choice in chosen):
         notes.append("What follows the validation loss depends on the run; drawn as if that never stalled.")
     return notes
@@ -237,7 +237,7 @@ def _flop_table(found: Findings) -> Table:
     table = tabular("", ">", "")
     table.add_row("forward", short(forward) + "FLOP", "per sample")
     table.add_row("forward + backward", short(both) + "FLOP", "per sample")
-    table.add_row("optimizer step", short(both * batch) + "FLOP", f"{batch} samples")
+    table.add_row("optimizer step", short(both * batch) + "FLOP", several(batch, "sample"))
     return table
 
 
@@ -250,7 +250,7 @@ def _memory_table(found: Findings) -> Table:
         ("buffers", memory.buffers, "constants and running means"),
         ("gradients", memory.gradients, "float32"),
         ("optimizer state", memory.state, found.config.optim.part.name),
-        ("activations", memory.activations, f"kept for backward by {micro} samples{split}, logits included"),
+        ("activations", memory.activations, f"kept for backward by {several(micro, 'sample')}{split}, logits included"),
         ("  weight copies", memory.casts, "of these, in the type of the matrix products; no more for larger batches"),
         ("peak", memory.peak, "lives at once at the fullest moment"),
     ]

@@ -24,7 +24,7 @@ from llmtrain.precision import Precision
 from llmtrain.tasks import Task
 from llmtrain.tracing import Profiler, Trace
 from llmtrain.types import Data, Result
-from llmtrain.words import duration, short
+from llmtrain.words import duration, several, short
 
 _OPERATIONS, _NAME = 8, 48
 """Of a profile, the operations that are told and the characters of their names."""
@@ -133,14 +133,16 @@ def _length_in_words(scene: Scene, steps: int, left: int, flops: float) -> str:
     train, data = scene.config.train, scene.data
     tokens, unit = train.batch_size * data.spec.context, data.spec.unit
     micro = f" in {train.pieces} micro-batches" if train.pieces > 1 else ""
+    compiles = "; the first step compiles, a minute or so" if train.compile != "off" else ""
     if scene.length.seconds is not None:
-        return f"{duration(scene.length.seconds)}, {short(tokens)} {unit} a step{micro}"
+        return f"{duration(scene.length.seconds)}, {short(tokens)} {unit} a step{micro}{compiles}"
     rate = hardware.product_rate(scene.device, scene.precision.dtype, scene.model, tokens // train.pieces)
     epochs = steps * train.batch_size / len(data.train)
+    seconds = 2 * flops / rate * left  # matrix products take about half of a step
     return (
-        f"{steps} steps of {_product(train.batch_size, data.spec.context)}{short(tokens)} {unit}{micro}, "
-        f"{epochs:.2f} epochs; "
-        f"roughly {duration(2 * flops / rate * left)}"  # matrix products take about half of a step
+        f"{several(steps, 'step')} of {_product(train.batch_size, data.spec.context)}{short(tokens)} {unit}{micro}, "
+        f"{'less than 0.01' if epochs < 0.01 else format(epochs, '.2f')} epochs; "
+        f"{'less than a second' if seconds < 1 else f'roughly {duration(seconds)}'}{compiles}"
     )
 
 
@@ -197,7 +199,7 @@ def conclude(scene: Scene, result: Result, seconds: float) -> None:
     ]
     if scene.task.causal:
         rows.append(("more text", f"llmtrain generate run={place} prompt={json.dumps(prompt, ensure_ascii=False)}"))
-    screen.table(f"{result.status} after {result.step} steps", rows)
+    screen.table(f"{result.status} after {several(result.step, 'step')}", rows)
     if result.status == "diverged":
         screen.say("The loss is no longer a number. Lower optim.lr, raise schedule.warmup, or lower train.grad_clip.")
     elif result.status == "stopped":
@@ -214,12 +216,17 @@ def tell_profile(scene: Scene, trace: Trace) -> None:
         scene.screen.say(f"no profile: the run ended before step {trace.first}, the first that was to be written down")
         return
     rows = [
-        (f"{one.share:.1%}", f"{one.name[:_NAME]}: {1000 * one.seconds:.3g} ms in {one.calls:.3g} calls a step")
+        (f"{one.share:.1%}", f"{one.name[:_NAME]}: {1000 * one.seconds:.3g} ms in {_calls(one.calls)} a step")
         for one in trace.operations[:_OPERATIONS]
     ]
     rows += [("trace", f"{trace.file}"), ("open it with", "https://ui.perfetto.dev, in any browser")]
     last = f" to {trace.first + trace.kept - 1}" if trace.kept > 1 else ""
     scene.screen.table(f"profile of step {trace.first}{last}: what operations took by themselves", rows)
+
+
+def _calls(number: float) -> str:
+    """How often an operation is called, a mean over steps."""
+    return f"{number:.3g} call" + "s" * (number != 1)
 
 
 def _losses_in_words(scene: Scene, result: Result) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ described, so nobody waits for torch.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import yaml
 from llmtrain.build import GROUPS, Part, find
 from llmtrain.compose import config_folder
 from llmtrain.config import COMMANDS, TOLD, RunConfig, knobs_of
+from llmtrain.folder import flat
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest
 
 
@@ -54,8 +56,18 @@ class Topic:
     declared: str
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """An overlay on a whole config: what its comment says, the options it chooses and the values it gives, by key."""
+
+    about: str
+    options: Mapping[str, str]
+    values: Mapping[str, Any]
+    file: Path
+
+
 def options(group: str) -> list[str]:
-    """The options of a group: its YAML files."""
+    """The options of a group, or of `experiment`: its YAML files."""
     return sorted(path.stem for path in _folder(group).glob("*.yaml"))
 
 
@@ -93,6 +105,29 @@ def option_topic(group: str, option: str) -> Topic:
     part = find(group, values["name"])
     summary = re.split(r"\n\s*(?:Args|Returns|Raises):", part.doc)[0].strip()
     return Topic(f"{group}={option}", summary, part_knobs(part), values, file, f"{part.module}.{part.name}")
+
+
+def experiment_topic(name: str) -> Experiment:
+    """What there is to say of `experiment=name`.
+
+    Raises:
+        ConfigError: If there is no such experiment.
+    """
+    known = options("experiment")
+    if name not in known:
+        rule = "no such experiment; there are " + ", ".join(known)
+        raise ConfigError([Misfit("experiment", name, rule, nearest(name, known))])
+    file = _folder("experiment") / f"{name}.yaml"
+    values = _read(file)
+    entries = [entry for entry in values.pop("defaults", []) if isinstance(entry, dict)]
+    chosen = {key.rpartition("/")[2].rpartition("@")[2]: option for entry in entries for key, option in entry.items()}
+    return Experiment(comment(file), chosen, flat(values), file)
+
+
+def comment(file: Path) -> str:
+    """What a YAML file's comment at its top says, but for Hydra's own line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines if not line.startswith("# @package"))
 
 
 def section_topic(name: str) -> Topic:

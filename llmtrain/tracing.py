@@ -22,6 +22,8 @@ PARTS = ("data", "forward", "backward", "optimizer")
 _NOTHING: AbstractContextManager = nullcontext()
 _WAIT, _WARMUP, _ACTIVE = 3, 1, 3
 """Steps that a profile lets pass, that it is on for without being kept, and that it keeps."""
+_TOLD_EVERY = 0.25
+"""Seconds between two words of how far a phase is: too few of them to be seen in what steps take."""
 
 
 class Trace:
@@ -136,24 +138,26 @@ class Meter(Trace):
     Args:
         device: Of the run.
         phases: One after the other; the last one's end is that of the measuring.
-        told: Is told of each phase that begins.
+        told: Is told of each phase that begins, and a few times a second which share of it is over.
     """
 
     WHOLE = "whole, between steps that are taken apart"
 
-    def __init__(self, device: torch.device, phases: Sequence[Phase], told: Callable[[Phase], None]):
+    def __init__(self, device: torch.device, phases: Sequence[Phase], told: Callable[[Phase, float], None]):
         self._cuda, self._phases, self._told = device.type == "cuda", [*phases], told
         self._steps: list[tuple[str, Any]] = []
         self._spans: list[tuple[int, str, Any, Any]] = []
-        self._taken, self._since = -1, 0.0
+        self._taken, self._since, self._last = -1, 0.0, 0.0
 
     def step(self) -> None:
         """A step begins, maybe the first of the next phase."""
         self._taken += 1
-        if not self._steps or (len(self._phases) > 1 and self._full(self._taken)):
+        if not self._steps or (len(self._phases) > 1 and self._over(self._taken) >= 1):
             self._phases = self._phases[bool(self._steps) :]
             self._taken, self._since = 0, time.monotonic()
-            self._told(self._phases[0])
+            self._tell(0.0)
+        elif time.monotonic() - self._last >= _TOLD_EVERY:
+            self._tell(min(self._over(self._taken), 1.0))
         whole = self._phases[0].apart and self._taken % 2 == 1
         self._steps.append((self.WHOLE if whole else self._phases[0].name, self._mark()))
 
@@ -164,7 +168,7 @@ class Meter(Trace):
 
     def enough(self) -> bool:
         """Whether the step that is under way is the last."""
-        return len(self._phases) == 1 and self._full(self._taken + 1)
+        return len(self._phases) == 1 and self._over(self._taken + 1) >= 1
 
     def __exit__(self, *error: object) -> None:
         """The last step has ended."""
@@ -185,10 +189,15 @@ class Meter(Trace):
                 whole[name] += self._between(begin, end) / len(steps)
         return whole | {"rest": sum(steps) / len(steps) - sum(whole.values())}
 
-    def _full(self, taken: int) -> bool:
+    def _over(self, taken: int) -> float:
+        """Which share of a phase is over after so many steps of it; it ends at 1."""
         phase = self._phases[0]
-        late = time.monotonic() - self._since >= phase.seconds
-        return taken >= phase.most or (taken >= phase.least and late)
+        late = (time.monotonic() - self._since) / phase.seconds if phase.seconds else 1.0
+        return max(taken / phase.most, min(taken / phase.least, late))
+
+    def _tell(self, share: float) -> None:
+        self._last = time.monotonic()
+        self._told(self._phases[0], share)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

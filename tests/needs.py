@@ -46,6 +46,7 @@ _NEEDS = {
     "loss=poisson_nll": ["model=linear", "data=diabetes", "task=counts"],
     "loss=sigmoid_focal": ["model=mlp", "data=digits", "task=multilabel"],
     "schedule=one_cycle": ["schedule.rise=2"],  # the last step after the peak hardly moves a weight
+    "init=zeros": ["model=linear", "data=digits"],  # a single layer
     "init=mup": ["model.tied_embeddings=false"],
     "model=textcnn": ["data=stdlib_modules"],
     **{f"model={name}": ["data=digits"] for name in ("cnn", "cnn_cifar", "linear", "mlp")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch
 from runs import make_text, start, tiny
 
-from llmtrain import bench, hardware
+from llmtrain import bench, hardware, tracing, trial
 from llmtrain.data.loader import Loader
+from llmtrain.display import Screen
 from llmtrain.tracing import PARTS
 
 FEW = ("bench.steps=4", "bench.warmup=2", "start=false")
@@ -48,7 +50,7 @@ def test_all_of_it_is_told_as_json(call, tmp_path: Path):
         "batch": ["context", "micro_batches", "samples", "unit"],
         "speed": ["first", "least", "median", "most", "p95", "spread", "steps", "tokens_per_second", "warmup"],
         "compute": ["achieved", "advertised", "flops_per_step", "flops_per_token", "square_product", "widest_product"],
-        "parts": sorted([*PARTS, "rest", "step", "steps", "cost", "device_idle"]),
+        "parts": sorted([*PARTS, "rest", "step", "steps", "cost", "cost_error", "device_idle"]),
         "memory": ["before", "device", "foreseen", "peak"],
         "copy": ["bytes", "per_second"],
         "start": None,
@@ -129,7 +131,10 @@ def test_it_takes_the_steps_of_the_run_but_for_the_rate(call, tmp_path: Path, mo
 def test_steps_are_as_many_as_fit_and_three_at_least(call, tmp_path: Path):
     few = measured(call, tmp_path, "seconds=0.001", "start=false")
     assert (few["speed"]["steps"], few["speed"]["warmup"], few["parts"]["steps"]) == (3, 1, 1)
-    assert any("3 steps are few" in warning for warning in few["warnings"])
+    assert any("Measured in 3 steps, which is little; raise seconds." in warning for warning in few["warnings"])
+    assert few["parts"]["cost_error"] is None
+    [one] = [w for w in measured(call, tmp_path, "steps=1", "start=false")["warnings"] if "little" in w]
+    assert one == "Measured in 1 step, which is little; raise steps."
     assert measured(call, tmp_path, "seconds=0.2", "start=false")["speed"]["steps"] > 5
 
 
@@ -141,6 +146,45 @@ def test_a_busy_machine_is_told(call, tmp_path: Path, monkeypatch: pytest.Monkey
     assert any("Other work was going on" in warning for warning in found["warnings"]) == warned
 
 
+def test_what_measuring_costs_is_told_with_how_far_off_it_may_be(call, tmp_path: Path, capsys):
+    cost, error = bench._cost([2.0, 4.2, 6.6, 9.0], [2.0, 4.0, 6.0, 9.0])
+    assert (cost, error) == (pytest.approx(0.025), pytest.approx(1.96 * 1.25 * 0.0625 / (1.35 * 2)))
+    assert bench._cost([3.0, 3.0], [2.0, 2.0, 9.0]) == (pytest.approx(0.5), None)
+    for parts, told in (
+        ({"cost": -0.068, "cost_error": 0.09}, "by less than can be seen, 9.0%."),
+        ({"cost": 0.068, "cost_error": 0.02}, "by +6.8%, give or take 2.0%."),
+        ({"cost": 0.3, "cost_error": None}, "too few steps to tell"),
+    ):
+        assert told in bench._parts_note(parts | {"device_idle": None})
+    found = measured(call, tmp_path, *FEW)
+    for error, warned in ((0.2, True), (0.4, False)):
+        found["parts"] |= {"cost": -0.3, "cost_error": error}
+        assert any("changed them by -30%" in warning for warning in bench._warnings(found, "steps")) == warned
+
+
+def test_the_bar_moves_within_a_phase_and_never_back(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[str, int, int]] = []
+
+    class Terminal(Screen):
+        """Keeps how the bar moves."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.live_wanted = True
+
+        def preparing(self, what: str, done: int, total: int) -> None:
+            seen.append((what, done, total))
+
+    monkeypatch.setattr(trial, "Screen", Terminal)
+    monkeypatch.setattr(tracing, "_TOLD_EVERY", 0.0)
+    monkeypatch.setattr(bench, "_start_once", lambda words, environment: {})
+    assert call("bench", *words(tmp_path, "bench.steps=4", "bench.warmup=2")).code == 0
+    moved = [one for one in seen if one[2] == 500]
+    assert [done for what, done, _ in moved if what == "whole steps"] == [100, 125, 150, 175]
+    assert [what for what, done, _ in moved if done >= 300] == ["matrix products and copies", "starting anew"]
+    assert [done for _, done, _ in moved] == sorted(done for _, done, _ in moved) and moved[-1][1] == 400
+
+
 def test_it_is_told_in_plain_lines(call, tmp_path: Path):
     said = call("bench", *words(tmp_path, *FEW))
     assert (said.code, said.err) == (0, "")
@@ -148,6 +192,9 @@ def test_it_is_told_in_plain_lines(call, tmp_path: Path):
     assert max(map(len, lines)) <= 100 and not [line for line in lines if line != line.rstrip()]
     for word in (
         "warming up: 2 steps",
+        "taking steps apart: 4 of 8 steps",
+        "mean of 4 taken apart",
+        "the middle half spans",
         "tokens/s",
         "median of 4 steps of 4 x 32 = 128 tokens",
         "square product",
@@ -194,7 +241,7 @@ def test_compiling_starts_twice_with_a_cache_of_its_own(call, tmp_path: Path, mo
 
     monkeypatch.setattr(bench, "_start_once", once)
     monkeypatch.setattr(bench, "_measured", lambda trial, load: {})
-    monkeypatch.setattr(bench, "_warnings", lambda found: [])
+    monkeypatch.setattr(bench, "_warnings", lambda *found: [])
     given = words(tmp_path, "train.compile=model", "bench.steps=2")
     said = call("bench", *given, "--json")
     assert (said.code, said.err) == (0, "")
@@ -206,7 +253,7 @@ def test_compiling_starts_twice_with_a_cache_of_its_own(call, tmp_path: Path, mo
 
 def test_a_start_that_fails_is_told_and_no_more(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "_measured", lambda trial, load: {})
-    monkeypatch.setattr(bench, "_warnings", lambda found: [])
+    monkeypatch.setattr(bench, "_warnings", lambda *found: [])
     monkeypatch.setenv("PYTHONSTARTUP", "")
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
     said = call("bench", *words(tmp_path), "--json")
@@ -222,6 +269,9 @@ def test_a_start_that_fails_is_told_and_no_more(call, tmp_path: Path, monkeypatc
         (("optim.lr=-1", "model.heads=3"), ("optim.lr", "model.heads", "2 things are wrong")),
         (("seconds=0", "bench.warmup=0", "steps=many"), ("bench.seconds", "bench.warmup", "bench.steps")),
         (("bench.stepps=2",), ("bench.stepps", "Did you mean")),
+        (("step=3", "lr=1"), ("bench.step = 3", "Did you mean steps?", "Did you mean optim.lr?")),
+        (("json=true",), ("json = true", "is a flag  Did you mean --json?")),
+        (("--jsn", "steps=3"), ("unrecognized arguments: --jsn; did you mean --json?",)),
         (("-m", "optim.lr=1,2"), ("--multirun", "bench measures one run")),
         (("--png=x",), ("--png",)),
     ],
@@ -250,7 +300,10 @@ def test_a_loss_that_is_no_number_and_a_step_that_fails_are_told(call, tmp_path:
 
 
 def test_help_config_explain_and_completion(call, monkeypatch: pytest.MonkeyPatch):
-    assert call("bench", "--help").out.startswith("usage: llmtrain bench")
+    usage = call("bench", "--help").out
+    assert usage.startswith("usage: llmtrain bench")
+    lines = [line for line in usage.splitlines() if line.startswith("  llmtrain bench ")]
+    assert len({len(line) - len(re.split(r"\s{3,}", line)[-1]) for line in lines}) == 1
     assert "steps: 7" in call("bench", "steps=7", "--cfg", "job", "-p", "bench").out
     told = call("explain", "bench").out
     assert all(word in told for word in ("warmup", "seconds", "steps", "start", "conf/config.yaml"))

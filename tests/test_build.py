@@ -211,8 +211,9 @@ SCHEMA = {
     "flag": bool,
     "text": str,
     "maybe": Count | None,
+    "picked": Count | Literal["auto"] | None,
 }
-GOOD = {"count": 1, "share": 0.5, "mode": "off", "flag": True, "text": "a", "maybe": None}
+GOOD = {"count": 1, "share": 0.5, "mode": "off", "flag": True, "text": "a", "maybe": None, "picked": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,7 @@ GOOD = {"count": 1, "share": 0.5, "mode": "off", "flag": True, "text": "a", "may
         ("text", 3, "3"),
         ("text", "", ""),
         ("maybe", 2.0, 2),
+        ("picked", "4", 4),
         ("flag", "false", False),
     ],
 )
@@ -246,6 +248,8 @@ def test_a_value_is_converted_where_nothing_is_lost(knob: str, value: object, ta
         ("share", False, "must be number >= 0 and < 1", None),
         ("maybe", True, "must be integer >= 1 or null", None),
         ("mode", "blok", "must be one of off, block", "block"),
+        ("picked", "atuo", "must be integer >= 1 or auto or null", "auto"),
+        ("picked", 0, "must be integer >= 1 or auto or null", None),
         ("mode", None, "must be one of off, block", None),
         ("flag", "maybe", "must be true or false", None),
         ("text", True, "must be text", None),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.display import Screen, duration, short, sparkline
+from llmtrain.words import several
 
 LINE = {"loss": 2.34567, "lr": 1e-3, "grad_norm": 0.75, "tokens_per_second": 12_345.0, "step_seconds": 0.5}
 
@@ -52,6 +53,8 @@ def drawn(capsys, monkeypatch):
         (1.5e9, "1.5G"),
         (989e12, "989T"),
         (2.5e15, "2.5P"),
+        (1.28e18, "1.28E"),
+        (3.14e23, "314Z"),
         (3.1e-5, "3.1e-05"),
         (math.inf, "inf"),
         (math.nan, "nan"),
@@ -59,6 +62,10 @@ def drawn(capsys, monkeypatch):
 )
 def test_short(number, words):
     assert short(number) == words
+
+
+def test_one_of_something_is_said_of_one_alone():
+    assert [several(count, "step") for count in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1000 steps"]
 
 
 @pytest.mark.parametrize(("number", "words"), [(999_950, "1M"), (999.96, "1k"), (999_999_999, "1G"), (-999_950, "-1M")])

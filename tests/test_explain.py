@@ -124,6 +124,26 @@ def test_explain_alone_names_every_group_option_and_section(call):
     assert [k for s in SECTIONS for k in knobs_of(SECTIONS[s]) if k not in said.out] == []
 
 
+def test_explain_names_every_experiment_with_what_it_is(call):
+    for question in ((), ("experiment",)):
+        told = told_by(call("explain", *question).out)
+        assert [name for name in options("experiment") if f" {name} " not in told] == []
+        assert "BERT-Tiny on the docstrings of Python's library, in minutes on two CPU cores." in told
+        assert "With the published model's norms" not in told
+
+
+def test_explain_tells_what_an_experiment_says_and_sets(call):
+    said = call("explain", "experiment=speedrun")
+    assert said.code == 0
+    told = told_by(said.out)
+    assert told.startswith("experiment=speedrun GPT-2 small with what the field has found since")
+    assert "train.steps=1000, which takes the place of this one." in told and "@package" not in told
+    rows = [["optim", "muon"], ["momentum_schedule", "ramp"], ["train.batch_size", "512"], ["train.grad_clip", "null"],
+            ["model.qk_norm", "true"]]  # fmt: skip
+    assert [row for row in rows if row not in [line.split() for line in said.out.splitlines()]] == []
+    assert "values: conf/experiment/speedrun.yaml" in told
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_explain_names_the_options_of_a_group(call, group: str):
     said = call("explain", group)
@@ -144,6 +164,26 @@ def test_explain_tells_one_knob_in_full(call, key: str):
     assert "llmtrain.optim.adaptive.adam" in told
     assert "arXiv:1412.6980" in told
     assert "llmtrain train optim.beta1=VALUE" in told
+
+
+@pytest.mark.parametrize(
+    ("key", "way"),
+    [
+        ("bench.warmup", "llmtrain bench warmup=VALUE"),
+        ("cv.folds", "llmtrain cv folds=VALUE"),
+        ("generate.stream", "llmtrain generate stream=VALUE"),
+        ("eval.split", "llmtrain eval split=VALUE"),
+    ],
+)
+def test_a_knob_of_another_command_is_changed_there_and_not_swept(call, key: str, way: str):
+    told = told_by(call("explain", key).out)
+    assert told.endswith(f"change it {way}") and "sweep it" not in told
+
+
+def test_of_two_knobs_of_one_name_each_says_whose_it_is(call):
+    told = told_by(call("explain", "eval.batches").out)
+    train, own = told.split("change it")[1:]
+    assert train.startswith(" llmtrain train eval.batches=VALUE sweep it") and own == " llmtrain eval batches=VALUE"
 
 
 def test_explain_tells_a_knob_once_for_all_options_that_mean_the_same_by_it(call):
@@ -202,6 +242,10 @@ def test_section_and_command_of_one_name_are_told_apart(call):
         ("train.step", "Did you mean steps?"),
         ("lr", "Did you mean optim.lr?"),
         ("quux", "no such group, section or knob"),
+        ("experiment=spedrun", "Did you mean speedrun?"),
+        ("speedrun", "Did you mean experiment=speedrun?"),
+        ("gpt2", "Did you mean init=gpt2 or experiment=gpt2?"),
+        ("experimint", "Did you mean experiment?"),
         ("../../etc=passwd", "no such group"),
         ("optim=../loss/cross_entropy", "no such option"),
     ],

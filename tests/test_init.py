@@ -120,7 +120,7 @@ def test_tied_weights_are_drawn_once():
     assert all(torch.equal(p, dict(tied.named_parameters())[key]) for key, p in alone.named_parameters())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*DRAWN, "default"])
 def test_on_the_meta_device_nothing_is_drawn_and_patterns_are_checked(name):
     with torch.device("meta"):
         model = Zoo()
@@ -389,11 +389,23 @@ def test_zero_residual_blocks_pass_on_what_they_get():
 
 
 def test_zeros_leave_norms_at_one_and_all_else_at_zero():
-    model = initialize("zeros", Zoo())
+    model = initialize("default", Zoo(), patterns={"*": {"name": "zeros"}})
     for key, p in weights_of_torch(model).items():
         norm = isinstance(model.get_submodule(key.rpartition(".")[0]), NORMS) and "bias" not in key
         assert torch.all(p == float(norm)), key
     assert torch.all(model.gate == 7)
+
+
+def test_zeros_begin_no_model_of_several_layers_which_would_never_move():
+    layers = [nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)]
+    for model in (nn.Sequential(*layers), make_gpt()):
+        with pytest.raises(ConfigError, match="name=zeros: lets no gradient through a model of several layers"):
+            initialize("zeros", model)
+    net = initialize("default", nn.Sequential(*layers), patterns={"*": {"name": "zeros"}})
+    net(torch.ones(1, 3)).sum().backward()
+    assert not any(net[i].weight.grad.any() for i in (0, 2))  # the reason
+    alone = initialize("zeros", nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)))
+    assert not alone[0].weight.any() and alone[1].weight.all()
 
 
 def test_an_output_layer_of_zeros_guesses_evenly_and_learns():

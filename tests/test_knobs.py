@@ -130,6 +130,8 @@ def passes_as_text(value: Any) -> bool:
         (knobs.Share, "number > 0 and <= 1"),
         (knobs.Positive | None, "number > 0 or null"),
         (Literal["relu", "gelu"], "one of relu, gelu"),
+        (knobs.Count | Literal["auto"], "integer >= 1 or auto"),
+        (Literal["soft", "hard"] | None, "one of soft, hard or null"),
         (bool, "true or false"),
         (str | None, "text or null"),
         (list[knobs.Count], "list of (integer >= 1)"),

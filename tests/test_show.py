@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,22 @@ def test_everything_is_told_in_plain_lines_of_at_most_a_hundred_columns(call):
         r"On those that shrink acts optim.weight_decay=0.1.",
     ]
     assert [line for line in expected if not re.search(f"^{line}$", said.out, re.M)] == []
+
+
+def test_one_sample_is_said_of_one(call):
+    told = call("show", *TINY, "train.batch_size=1").out
+    assert re.search(r"kept for backward by 1 sample, logits included$", told, re.M)
+    assert re.search(r"optimizer step +\S+FLOP  1 sample$", told, re.M)
+
+
+def test_a_run_that_is_there_can_be_looked_at_and_not_be_started_again(call):
+    place = Path("runs/mine")
+    place.mkdir(parents=True)
+    place.joinpath("config.yaml").write_text(call("train", *TINY, "run.name=mine", "--cfg", "job").out)
+    assert call("show", "--config-dir", str(place), "run.name=mine").code == 0
+    said = call("train", "--config-dir", str(place), "run.name=mine")
+    assert (said.code, "holds a run already" in said.err) == (2, True)
+    assert call("show", *TINY, "run.name=../mine").code == 2
 
 
 def test_the_batch_and_the_optimizer_move_the_budget(call):

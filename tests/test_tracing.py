@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from runs import tiny
 from toy import CPU, make_gpt, make_job, make_state, make_train, make_windows
 
-from llmtrain import tracing
+from llmtrain import story, tracing
 from llmtrain.loop import fit
 from llmtrain.tracing import PARTS, Meter, Phase, Profiler, Trace, idle_share
 
@@ -66,7 +67,7 @@ def test_the_loop_names_each_part_of_a_step_in_its_order(accumulate: int):
 def test_who_listens_changes_nothing_of_what_is_learned(tmp_path: Path):
     silent, _ = found = job_of(9)
     fit(*found)
-    for trace in (Heard(), Meter(CPU, [Phase("all", 9, 9, 0.0, apart=True)], lambda phase: None), Profiler(CPU, 9)):
+    for trace in (Heard(), Meter(CPU, [Phase("all", 9, 9, 0.0, apart=True)], lambda *told: None), Profiler(CPU, 9)):
         state, job = job_of(9, trace=trace)
         with trace:
             fit(state, job)
@@ -107,6 +108,13 @@ def test_a_profiled_run_leaves_a_trace_with_the_parts_of_three_steps(call, tmp_p
     assert "profile of step 5 to 7: what operations took by themselves" in said.out
     assert "https://ui.perfetto.dev" in said.out and str(file) in said.out
     assert "aten::" in said.out.split("profile of step")[1]
+
+
+def test_one_call_is_told_as_one(call, tmp_path: Path):
+    said = call(*tiny(tmp_path, "train.steps=2", "train.profile=true", "run.name=one"))
+    assert said.code == 0 and "profile of step 1:" in said.out
+    assert not re.search(r"in 1 calls", said.out) and re.search(r"in \d+ calls? a step", said.out)
+    assert [story._calls(number) for number in (1.0, 2.0, 1 / 3)] == ["1 call", "2 calls", "0.333 calls"]
 
 
 def test_a_run_that_is_not_profiled_leaves_none_and_is_the_same(call, tmp_path: Path):
@@ -158,7 +166,7 @@ def test_a_run_that_ends_before_its_profile_begins_says_so(call, tmp_path: Path,
 
 
 def metered(phases: list[Phase], **given: Any) -> Meter:
-    meter = Meter(CPU, phases, given.pop("told", lambda phase: None))
+    meter = Meter(CPU, phases, given.pop("told", lambda *told: None))
     state, job = job_of(10**6, **given)
     with meter:
         fit(state, heeding(job, meter))
@@ -174,7 +182,7 @@ def test_each_phase_takes_its_steps():
     told: list[str] = []
     meter = metered(
         [Phase("a", 1, 4, 60.0), Phase("b", 6, 6, 0.0), Phase("c", 3, 100, 0.0, apart=True)],
-        told=lambda phase: told.append(phase.name),
+        told=lambda phase, share: told.append(phase.name) if not share else None,
     )
     assert told == ["a", "b", "c"]
     assert [len(meter.steps(name)) for name in ("a", "b", "c", Meter.WHOLE)] == [4, 6, 2, 1]
@@ -183,7 +191,7 @@ def test_each_phase_takes_its_steps():
 
 def test_a_phase_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
-    meter = Meter(CPU, [Phase("a", 2, 100, 10.0)], lambda phase: None)
+    meter = Meter(CPU, [Phase("a", 2, 100, 10.0)], lambda *told: None)
     monkeypatch.setattr(tracing.time, "monotonic", lambda: now[0])
     ends = []
     for _ in range(6):
@@ -191,6 +199,26 @@ def test_a_phase_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch):
         now[0] += 3.0
         ends.append(meter.enough())
     assert ends == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("phase", "shares"),
+    [(Phase("a", 2, 10, 60.0), [0, 0.1, 0.2, 0.3]), (Phase("a", 2, 100, 12.0), [0, 0.25, 0.5, 0.75])],
+    ids=["by steps", "by seconds"],
+)
+def test_it_tells_now_and_then_which_share_of_a_phase_is_over(
+    phase: Phase, shares: list[float], monkeypatch: pytest.MonkeyPatch
+):
+    now, told = [0.0], list[float]()
+    meter = Meter(CPU, [phase], lambda phase, share: told.append(share))
+    monkeypatch.setattr(tracing.time, "monotonic", lambda: now[0])
+    for _ in range(4):
+        meter.step()
+        now[0] += 3.0
+    assert told == pytest.approx(shares)
+    now[0] -= 3.0 - tracing._TOLD_EVERY / 2
+    meter.step()
+    assert len(told) == 4
 
 
 def slow(call: Callable[..., Any], seconds: float) -> Callable[..., Any]:
@@ -213,7 +241,7 @@ def test_what_is_slow_is_found_in_its_part(where: str, monkeypatch: pytest.Monke
         state.model.register_forward_pre_hook(lambda *_: time.sleep(nap))
     else:
         next(state.model.parameters()).register_hook(lambda grad: time.sleep(nap))
-    meter = Meter(CPU, [Phase("a", 1, 1, 0.0), Phase("b", 4, 4, 0.0, apart=True)], lambda phase: None)
+    meter = Meter(CPU, [Phase("a", 1, 1, 0.0), Phase("b", 4, 4, 0.0, apart=True)], lambda *told: None)
     with meter:
         fit(state, heeding(job, meter))
     parts = meter.parts("b")
@@ -251,7 +279,7 @@ def test_on_a_gpu_events_say_when_and_nothing_waits_before_the_end(monkeypatch: 
     state, job = job_of(10**6)
     monkeypatch.setattr(state.optimizer, "step", slow(state.optimizer.step, 0.02))
     phases = [Phase("whole", 4, 4, 0.0), Phase("apart", 4, 4, 0.0, apart=True)]
-    meter = Meter(torch.device("cuda"), phases, lambda phase: None)
+    meter = Meter(torch.device("cuda"), phases, lambda *told: None)
     with meter:
         fit(state, heeding(job, meter))
     assert said == ["event"] * (8 + 1 + 2 * 10) + ["waits"]  # of steps, the end, and five parts of two steps

@@ -120,7 +120,6 @@ def test_every_experiment_takes_a_step(place: Path, experiment: str) -> None:
         "train.batch_size=16",
         "train.accumulate=4",
         "train.steps=2",
-        "train.tokens=null",
     ]
     overlay = yaml.safe_load((config_folder() / "experiment" / f"{experiment}.yaml").read_text())
     chosen = {k.removeprefix("override /"): v for entry in overlay["defaults"] for k, v in entry.items()}

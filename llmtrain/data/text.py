@@ -34,6 +34,7 @@ from llmtrain.data.records import TEXTS, find_column, table, text_document, text
 from llmtrain.data.tokens import Corpus, prepare
 from llmtrain.knobs import ConfigError, Count, Misfit, Natural, Positive, UserError, nearest, require
 from llmtrain.types import Data, DataSpec, Setup
+from llmtrain.words import several
 
 _TABLES = "encodings/"
 _NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
@@ -98,7 +99,7 @@ def _found(
 
 
 def _many(files: int) -> str:
-    return f"{files} file" + "s" * (files != 1)
+    return several(files, "file")
 
 
 def _sides(setup: Setup, split: str, files: Sequence[Document], bundles: Sequence[Bundle]) -> Sides:
