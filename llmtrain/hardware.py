@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
 from llmtrain import compiler
@@ -149,6 +150,27 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
     for parameter in trained:
         parameter.requires_grad_(True)
     return counter.get_total_flops()
+
+
+class _Made(TorchDispatchMode):
+    """Adds up the bytes of all that is computed, views too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+def bytes_made(model: nn.Module, inputs: Tensor) -> int:
+    """Bytes of all that one forward pass over `inputs` computes: more than it can keep."""
+    compiler.never_compiled(_Made.__torch_dispatch__)
+    with torch.no_grad(), _Made() as made:
+        model(inputs)
+    return made.bytes
 
 
 def forward_flops(build: Callable[[], nn.Module], spec: DataSpec) -> int:

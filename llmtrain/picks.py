@@ -73,10 +73,12 @@ def picks_for(
         return []
     model, where = hardware.outlined(partial(config.model.build, spec), spec)
     with where:
-        flops = 3 * hardware.count_flops(model.eval(), hardware.blank(spec))
+        sample = hardware.blank(spec)
+        flops = 3 * hardware.count_flops(model.eval(), sample)
+        made = hardware.bytes_made(model, sample)
     picks = []
     if train.accumulate == "auto":
-        picks.append(_accumulate(config, spec, device, model, flops))
+        picks.append(_accumulate(config, spec, device, model, made))
     if train.compile == "auto":
         own = [choice.part.module.startswith("llmtrain.") for choice in (config.model, config.loss)]
         lacking = uncompilable(model, "model") is not None or not all(own)  # others' may not be made to be compiled
@@ -116,7 +118,7 @@ def _still(value: int | str, batch_size: int, device: str) -> bool:
     return batch_size % (value * world()) == 0
 
 
-def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, model: nn.Module, flops: int) -> Pick:
+def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, model: nn.Module, made: int) -> Pick:
     """The fewest micro-batches of which each is foreseen to fit into the free memory, with a margin.
 
     One where more of them would be another training, or several processes would have to agree.
@@ -130,7 +132,7 @@ def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, model: 
     parameters = sum(p.numel() for p in model.parameters())
     free, _ = gauges.free(device)
     room = int(_SHARES[device.type] * free)
-    if most(parameters, flops * share) <= room:
+    if most(parameters, made * share) <= room:
         return Pick(key, 1, f"{_samples(share)} at once take little")
     try:
         value, peak = fewest(share, room, lambda parts: _needed(config, spec, device, parts))
@@ -145,13 +147,13 @@ def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, model: 
     return Pick(key, value, told)
 
 
-def most(parameters: int, flops: int) -> int:
-    """Bytes that a step hardly exceeds, by its FLOPs: what is found at once and is enough for small models.
+def most(parameters: int, made: int) -> int:
+    """Bytes that a step hardly exceeds, by those that a forward pass computes: found at once, enough for small models.
 
-    A number that is kept for the backward pass mostly comes of several FLOPs, forward and backward; beside it there
-    may be another of the same size. Weights, gradients, state and copies take 64 bytes a parameter at most.
+    Beside a number that is kept for the backward pass there may be its copy in another format, what dropout left of it,
+    its gradient, and the same of the loss. Weights, gradients, state and copies take 64 bytes a parameter at most.
     """
-    return 64 * parameters + 3 * flops
+    return 64 * parameters + 6 * made
 
 
 def fewest(samples: int, room: int, needed: Callable[[int], int]) -> tuple[int, int]:
