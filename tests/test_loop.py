@@ -822,16 +822,16 @@ def test_nor_do_regularizers_and_clipping(kind, clip_by, monkeypatch):
 def test_compiled_steps_equal_plain_ones_and_are_compiled_once(scope, accumulate):
     from torch._dynamo.utils import counters
 
-    def run(compiled):
+    def run(compiling):
         torch._dynamo.reset()
         model = make_gpt(std=0.3, width=32, layers=3)
         state = make_state(model, OPTIMIZERS["sgd"][0])
         compute = summed(model, CE)
-        inner = compiled(compute, model, scope if compiled else "off")
-        score = compiled(summed(model, CE), model, scope if compiled else "off")
+        inner = compiled(compute, model, scope if compiling else "off")
+        score = compiled(summed(model, CE), model, scope if compiling else "off")
 
         def loss(*given):
-            if compiled and state.batches >= 1:  # after the first step and the evaluation that follows it
+            if compiling and state.batches >= 1:  # after the first step and the evaluation that follows it
                 with torch._dynamo.config.patch(error_on_recompile=True):
                     return inner(*given)
             return inner(*given)
@@ -852,12 +852,12 @@ def test_compiled_steps_equal_plain_ones_and_are_compiled_once(scope, accumulate
 
     plain = run(False)
     counters.clear()
-    compiled = run(True)
+    made = run(True)
     assert counters["stats"]["unique_graphs"] > 0  # something was compiled
     assert sum(counters["graph_break"].values()) == 0
-    assert compiled[0] == pytest.approx(plain[0], abs=1e-5)
-    assert compiled[1] == pytest.approx(plain[1], rel=1e-5)
-    torch.testing.assert_close(compiled[2], plain[2], atol=1e-5, rtol=1e-4)
+    assert made[0] == pytest.approx(plain[0], abs=1e-5)
+    assert made[1] == pytest.approx(plain[1], rel=1e-5)
+    torch.testing.assert_close(made[2], plain[2], atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
 
 
