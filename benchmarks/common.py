@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -31,6 +32,8 @@ SHAPES = {
 """The shapes that are compared: layers x width, or a preset, and the precision of each."""
 USUAL = ("4x128", "6x384")
 """Those that are compared where none is named."""
+WARM = 10
+"""Steps of a loop before its time counts."""
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -68,7 +71,7 @@ def quiet() -> Any:
 class Loop:
     """The loop of `llmtrain train`, as far as it takes steps: without evaluating, saving or a screen.
 
-    Called, it takes as many steps as `steps` after ten to warm up, and gives the seconds of one. The vocabulary is the
+    Called, it takes `WARM` steps, then as many as `steps`, and gives the seconds of one of these. The vocabulary is the
     tokenizer's, or a larger one, for a model of a given size.
     """
 
@@ -96,11 +99,12 @@ class Loop:
         place.mkdir(parents=True)
         trial, pace = Trial(config, Origin(), data, task, device, screen), pace_of(config, len(data.train), data.spec)
         self.state, job = trial.make(config, 10**6, pace, Watcher, place)
-        self.watcher, self.job = job.watcher, replace(job, log_every=10)
+        self.watcher = job.watcher
+        self.job = replace(job, log_every=math.gcd(WARM, steps))  # so that a line is where timing begins
 
     def __call__(self) -> float:
         """Takes the steps."""
-        times: list[float] = []
+        lines: dict[int, float] = {}
         watcher = self.watcher
 
         class Timed:
@@ -109,10 +113,11 @@ class Loop:
             @staticmethod
             def measured(step: int, metrics: dict[str, float]) -> None:
                 watcher.measured(step, metrics)
-                times.append(time.perf_counter())
+                lines[step] = time.perf_counter()
 
-        self.take(self.steps + 10, watcher=Timed())
-        return (times[-1] - times[0]) / self.steps  # from line to line of the log: the first ten steps warm up
+        self.take(WARM + self.steps, watcher=Timed())
+        end = self.state.step
+        return (lines[end] - lines[end - self.steps]) / self.steps
 
     def take(self, steps: int, **changes: Any) -> None:
         """Takes some steps with other parts of the job."""
