@@ -263,6 +263,9 @@ def draw(found: list[list[Point]], file: Path) -> None:
         xs = [int(p.name.split()[1]) if label.startswith("context") else p.parameters for p in points]
         axes.loglog(xs, [p.tokens / p.foreseen for p in points], "--", color="0.5", label="foreseen from FLOPs")
         axes.loglog(xs, [p.tokens / p.seconds for p in points], "o-", label="measured")
+        if label.startswith("context"):
+            axes.set_xticks(xs, [str(x) for x in xs])
+            axes.minorticks_off()
         axes.set(xlabel=label, ylabel="tokens/s")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

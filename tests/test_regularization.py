@@ -128,6 +128,22 @@ def test_proximal_l1_is_the_soft_threshold_with_exact_zeros():
     assert regularizer.metrics()["sparsity"].item() == pytest.approx(sum(zeros) / 22)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sizes_of_weights_are_those_of_float64(dtype: torch.dtype):
+    """Of one that is read in two pieces as of one that does not lie in a row."""
+    torch.manual_seed(0)
+    long, crossed = torch.randn(1024, 300).to(dtype), torch.randn(4, 3).to(dtype).T
+    long[torch.rand_like(long) < 0.1] = 0
+    weights = [nn.Parameter(w) for w in (long, crossed)]
+    together = torch.cat([w.detach().double().reshape(-1) for w in weights])
+    found = regularize(weights, l1=0.5).metrics()
+    close = 1e-12 if dtype == torch.float64 else 1e-5  # sums in float32
+    assert found["weight_l1"].item() == pytest.approx(together.abs().sum().item(), rel=close)
+    assert found["weight_l2"].item() == pytest.approx(together.norm().item(), rel=close)
+    assert found["sparsity"].item() == pytest.approx((together == 0).double().mean().item(), abs=1e-15)
+    assert found["penalty"].item() == pytest.approx(0.5 * together.abs().sum().item(), rel=close)
+
+
 def test_proximal_steps_find_the_lasso_solution():
     """min (w - a)^2 / 2 + l1 |w| has the solution sign(a) max(|a| - l1, 0)."""
     target = torch.tensor([[3.0, -0.2, 0.5, -2.0, 0.99]], dtype=torch.float64)

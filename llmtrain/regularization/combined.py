@@ -20,6 +20,9 @@ from llmtrain.regularization.average import Average, put_back
 from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.types import ParamGroups
 
+_PIECE = 2**18
+"""Numbers that stay in the cache of a core while they are read three times: a third of the time on two cores."""
+
 
 def combined(
     model: nn.Module,
@@ -113,13 +116,11 @@ class Combined(Regularizer):
             return {}
         weights: list[Tensor] = [w for w, _ in self.shown]
         shares = torch.tensor([share for _, share in self.shown], device=weights[0].device)
-        ones = torch.stack(torch._foreach_norm(weights, 1)).float()
-        squares = torch.stack(torch._foreach_norm(weights, 2)).float().square()
-        zeros = torch.stack([w.numel() - w.count_nonzero() for w in weights]).sum()
+        ones, squares, others = _sizes(weights)
         found = {
             "weight_l1": ones.sum(),
             "weight_l2": squares.sum().sqrt(),
-            "sparsity": zeros / sum(w.numel() for w in weights),
+            "sparsity": 1 - others.sum() / sum(w.numel() for w in weights),
         }
         if self.knobs["l1"] or self.knobs["l2"]:
             found["penalty"] = self.knobs["l1"] * (shares * ones).sum() + self.knobs["l2"] * (shares * squares).sum()
@@ -190,6 +191,23 @@ def _approaching(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
     """The weights as they were, 0 in place of those whose step led away from zero."""
     steps = torch._foreach_mul(torch._foreach_sub(before, after), before)
     return [torch.where(s >= 0, b, 0.0) for s, b in zip(steps, before, strict=True)]
+
+
+def _sizes(weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """The sum of sizes, the sum of squares and how many are not 0, of each weight: (N,) each, in double precision."""
+    if weights[0].device.type != "cpu":
+        others = [w.count_nonzero() for w in weights]
+        ones, lengths = torch._foreach_norm(weights, 1), torch._foreach_norm(weights, 2)
+        return torch.stack(ones).double(), torch.stack(lengths).double().square(), torch.stack(others).double()
+    found = [[_sizes_of(piece) for piece in w.reshape(-1).split(_PIECE)] for w in weights]
+    return torch.stack([torch.stack(pieces).sum(0) for pieces in found]).unbind(1)
+
+
+def _sizes_of(piece: Tensor) -> Tensor:
+    exact = torch.promote_types(piece.dtype, torch.float32)
+    size = piece.abs()
+    length = torch.linalg.vector_norm(piece, dtype=exact)
+    return torch.stack((size.sum(dtype=exact), length.square(), size.sign_().sum(dtype=exact))).double()
 
 
 def _penalize(weights: list[Tensor], l1: float, l2: float) -> list[Tensor]:
