@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from llmtrain import knobs as knob_types
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest, unique
+from llmtrain.synonyms import meant
 
 _MANY = 20
 """Knobs that are named one by one where a misspelt one has a near neighbour."""
@@ -201,7 +202,7 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
 
 def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Misfit:
     if key not in schema:
-        near = nearest(key, schema)
+        near = meant(key, schema)
         known = "there are " + ", ".join(schema) if schema else "it has none"
         if near is not None and len(schema) > _MANY:
             known = f"there are {len(schema)}, told by llmtrain explain"

@@ -36,6 +36,7 @@ from llmtrain.build import GROUPS
 from llmtrain.config import Searching, knobs_of
 from llmtrain.inert import check_searchpath, close_environment, not_data, not_of_a_config
 from llmtrain.knobs import ConfigError, Misfit, nearest
+from llmtrain.synonyms import meant
 
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
@@ -481,5 +482,5 @@ def from_hydra(error: Exception, config_name: str) -> Misfit:
         r"(?:override (\S+)\? )?To append to your (?:config|default list) use \+([^=]+)=(.*)", text
     ):
         settings = [f"hydra.sweeper.{knob}" for knob in knobs_of(Searching)]
-        return Misfit(unknown[2], unknown[3], "no such knob", unknown[1] or nearest(unknown[2], settings))
+        return Misfit(unknown[2], unknown[3], "no such knob", unknown[1] or meant(unknown[2], settings))
     return Misfit("config", config_name, text)

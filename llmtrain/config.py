@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Le
 
 from llmtrain.build import GROUPS, Choice, choose, validate
-from llmtrain.knobs import ConfigError, Count, Fraction, Misfit, Natural, NonNegative, Positive, Share, nearest
+from llmtrain.knobs import ConfigError, Count, Fraction, Misfit, Natural, NonNegative, Positive, Share
+from llmtrain.synonyms import meant
 
 
 @dataclass(frozen=True)
@@ -629,4 +630,4 @@ def _unknown(key: str, value: Any, given: Mapping[str, Any]) -> Misfit:
     for section in known:
         if isinstance(given.get(section), dict):
             known = known + [f"{section}.{knob}" for knob in given[section]]
-    return Misfit(key, value, "no such knob", nearest(key, known))
+    return Misfit(key, value, "no such knob", meant(key, known))

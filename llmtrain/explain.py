@@ -14,7 +14,8 @@ from rich.text import Text
 from llmtrain.build import GROUPS
 from llmtrain.compose import ALIASES, config_folder
 from llmtrain.config import COMMANDS, TOLD, knobs_of
-from llmtrain.knobs import ConfigError, Misfit, nearest
+from llmtrain.knobs import ConfigError, Misfit
+from llmtrain.synonyms import meant
 from llmtrain.topics import (
     Knob,
     Topic,
@@ -197,14 +198,12 @@ def _show_knob(console: Console, key: str) -> None:
         topics = [command_topic(group)]
     else:
         known = [*GROUPS, *TOLD, *COMMANDS, "resume", "experiment", *_all_keys()]
-        meant = " or ".join(choice for choice in _choices() if choice.partition("=")[2] == key)
-        raise ConfigError([Misfit("explain", key, "no such group, section or knob", meant or nearest(key, known))])
+        option = " or ".join(choice for choice in _choices() if choice.partition("=")[2] == key)
+        raise ConfigError([Misfit("explain", key, "no such group, section or knob", option or meant(key, known))])
     having = [topic for topic in topics if name in topic.knobs]
     if not having:
         known = sorted({k for topic in topics for k in topic.knobs})
-        raise ConfigError(
-            [Misfit("explain", key, f"no such knob; {group} has {', '.join(known)}", nearest(name, known))]
-        )
+        raise ConfigError([Misfit("explain", key, f"no such knob; {group} has {', '.join(known)}", meant(name, known))])
     told: list[tuple[Knob, list[Topic]]] = []
     for topic in having:
         knob = topic.knobs[name]
