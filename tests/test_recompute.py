@@ -60,14 +60,15 @@ def test_compiled_steps_are_near_plain_ones(scope: str):
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_code_always_keeps_some(monkeypatch: pytest.MonkeyPatch):
+def test_compiled_code_always_keeps_some():
     from torch._functorch import config
 
-    monkeypatch.setattr(config, "activation_memory_budget", 1.0)
-    recompute(nn.Linear(1, 1), 1.0, compiled=True)
-    assert config.activation_memory_budget == 0.1
-    recompute(nn.Linear(1, 1), 0.5, compiled=True)
-    assert config.activation_memory_budget == 0.5
+    with config.patch(activation_memory_budget=1.0):  # monkeypatch would delete the name afterwards
+        recompute(nn.Linear(1, 1), 1.0, compiled=True)
+        assert config.activation_memory_budget == 0.1
+        recompute(nn.Linear(1, 1), 0.5, compiled=True)
+        assert config.activation_memory_budget == 0.5
+    assert config.activation_memory_budget == 1.0
 
 
 def test_less_is_kept_and_that_is_foreseen():
