@@ -26,7 +26,7 @@ from llmtrain.generate import generate
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.precision import Precision, auto
 from llmtrain.predictions import Predictions
-from llmtrain.retry import explained
+from llmtrain.retry import explained, smaller
 from llmtrain.run import added_up, prepare_data, task_of, with_outputs
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.topics import option_values, options, section_topic
@@ -65,13 +65,19 @@ def evaluate_run(settings: Evaluation, trust: Sequence[str]) -> int:
         raise UserError("split=test: this data keeps no test samples; use split=val")
     picked = saved["config"]["train"]["accumulate"]  # in the config of the run it may say auto
     size = settings.batch_size or max(config.train.batch_size // (picked if isinstance(picked, int) else 1), 1)
-    kept = Predictions(task, data.names or ()) if task.read is not None or task.answer is not None else None
-    score = (
-        with_outputs(model, task.score) if kept is not None else added_up(model, task.score, config.train.head_chunk)
-    )
-    beside = [kept] if kept is not None else []
+
+    def judge(pieces: int) -> tuple[dict[str, float], Predictions | None]:
+        kept = Predictions(task, data.names or ()) if task.read is not None or task.answer is not None else None
+        added = added_up(model, task.score, config.train.head_chunk)
+        score = added if kept is None else with_outputs(model, task.score)
+        sizes = (size // pieces, settings.batches and settings.batches * pieces)
+        beside = [] if kept is None else [kept]
+        return evaluate(model, score, samples, task, precision, *sizes, settings.split, beside), kept
+
     with explained(config):
-        metrics = evaluate(model, score, samples, task, precision, size, settings.batches, settings.split, beside)
+        (metrics, kept), pieces = smaller(judge, size, 1, undo=lambda: None)
+    if pieces > 1:
+        screen.say(f"memory ran out at {size} samples a batch; measured {size // pieces} at a time, the same samples")
     rows = [(name.removeprefix(f"{settings.split}_"), f"{value:.6g}") for name, value in metrics.items()]
     if (guess := (settings.split == "test" and data.test_baseline) or data.baseline) is not None:
         rows.append((f"guess by {guess[0]}", task.words(guess[1])))

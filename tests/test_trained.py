@@ -295,6 +295,37 @@ def test_eval_of_classes_writes_what_was_said_of_each_sample(place: Path) -> Non
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+SCARCE = """
+import torch
+from llmtrain import trained
+whole, taken = trained.with_outputs, []
+def scarce(*given):
+    compute = whole(*given)
+    def refusing(inputs, *others):
+        if taken and len(inputs) > 16:  # the first batch goes through
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        taken.append(len(inputs))
+        return compute(inputs, *others)
+    return refusing
+trained.with_outputs = scarce
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["batches=2"]], ids=["all", "some"])
+def test_eval_that_runs_out_of_memory_measures_the_same_in_smaller_pieces(place: Path, words: list[str]) -> None:
+    run, found = labels(place, f"full{len(words)}", "data=digits", "train.steps=10"), []
+    for before in ("", SCARCE):
+        code, text = llmtrain(["eval", f"run={run}", "device=cpu", "batch_size=50", *words], place, before=before)
+        assert code == 0, text
+        found.append((json.loads((run / "eval/metrics.json").read_text()), table(run)))
+    told = "memory ran out at 50 samples a batch; measured 10 at a time, the same samples"
+    assert told in " ".join(text.split())
+    (record, rows), (other, others) = found
+    assert other.pop("classes") == record.pop("classes")
+    assert other == pytest.approx(record, abs=1e-6)
+    assert [(r["sample"], r["prediction"]) for r in rows] == [(r["sample"], r["prediction"]) for r in others]
+
+
 def test_eval_of_few_samples_names_those_it_took(place: Path) -> None:
     run = labels(place, "few", "data=digits", "train.steps=10")
     for words in (["batches=2", "batch_size=3"], ["batch_size=50", "metrics=[roc_auc]"]):
