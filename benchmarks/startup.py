@@ -146,19 +146,20 @@ def ours(words: list[str]) -> None:
     """`llmtrain train` up to its first step; all that it imports comes first, so that stages can be marked."""
     marks = Marks()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    import torch  # noqa: F401
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    marks.end("import torch")
     sys.path.insert(0, str(HERE.parent.parent))
     from llmtrain import cli
+    from llmtrain.collector import loading
 
     marks.end("import llmtrain.cli")
-    from llmtrain import commands
-
+    with loading():
+        import torch  # noqa: F401
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+    marks.end("import torch")
+    with loading():
+        from llmtrain import commands
     marks.end("import llmtrain.commands: Hydra and the config")
-    from llmtrain import misfits, run
-
+    with loading():
+        from llmtrain import misfits, run
     marks.end("import llmtrain.run: all parts and the loop")
     shape: dict[str, int] = {}
 

@@ -12,101 +12,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-
-def _train(argv: list[str]) -> int:
-    from llmtrain.commands import train
-
-    return train(argv)
-
-
-def _cv(argv: list[str]) -> int:
-    from llmtrain.commands import cv
-
-    return cv(argv)
-
-
-def _eval(argv: list[str]) -> int:
-    from llmtrain.commands import evaluate
-
-    return evaluate(argv)
-
-
-def _generate(argv: list[str]) -> int:
-    from llmtrain.commands import generate
-
-    return generate(argv)
-
-
-def _export(argv: list[str]) -> int:
-    from llmtrain.commands import export
-
-    return export(argv)
-
-
-def _show(argv: list[str]) -> int:
-    from llmtrain.commands import show
-
-    return show(argv)
-
-
-def _data(argv: list[str]) -> int:
-    from llmtrain.commands import data
-
-    return data(argv)
-
-
-def _find(argv: list[str]) -> int:
-    from llmtrain.commands import find
-
-    return find(argv)
-
-
-def _bench(argv: list[str]) -> int:
-    from llmtrain.commands import bench
-
-    return bench(argv)
-
-
-def _runs(argv: list[str]) -> int:
-    from llmtrain.listing import runs
-
-    return runs(argv)
-
-
-def _diff(argv: list[str]) -> int:
-    from llmtrain.listing import diff
-
-    return diff(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from llmtrain.reports.command import report
-
-    return report(argv)
-
-
-def _explain(argv: list[str]) -> int:
-    from llmtrain.explain import explain
-
-    return explain(argv)
-
-
-COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "train": (_train, "train a model:               llmtrain train model=gpt_small optim=adam"),
-    "cv": (_cv, "choose by cross-validation:  llmtrain cv model=linear data=diabetes regularization.l2=1e-3,1e-2"),
-    "eval": (_eval, "measure a trained model:     llmtrain eval run=runs/NAME"),
-    "generate": (_generate, 'go on from a text:           llmtrain generate run=runs/NAME prompt="def "'),
-    "export": (_export, "write a model for others:    llmtrain export run=runs/NAME out=FOLDER"),
-    "show": (_show, "layers, FLOPs and memory:    llmtrain show model=bert_large"),
-    "data": (_data, "look at data:                llmtrain data inspect data=digits"),
-    "find": (_find, "a rate, a micro-batch:       llmtrain find lr model=gpt_nano"),
-    "bench": (_bench, "how fast this machine is:    llmtrain bench model=gpt_small"),
-    "runs": (_runs, "which runs there are:        llmtrain runs --sort metric --limit 10"),
-    "diff": (_diff, "runs side by side:           llmtrain diff runs/ONE runs/TWO"),
-    "report": (_report, "one page about runs:         llmtrain report runs/SWEEP"),
-    "explain": (_explain, "what a knob means and does:  llmtrain explain optim.lr"),
+COMMANDS = {
+    "train": ("commands:train", "train a model", "model=gpt_small optim=adam"),
+    "cv": ("commands:cv", "choose by cross-validation", "model=linear data=diabetes regularization.l2=1e-3,1e-2"),
+    "eval": ("commands:evaluate", "measure a trained model", "run=runs/NAME"),
+    "generate": ("commands:generate", "go on from a text", 'run=runs/NAME prompt="def "'),
+    "export": ("commands:export", "write a model for others", "run=runs/NAME out=FOLDER"),
+    "show": ("commands:show", "layers, FLOPs and memory", "model=bert_large"),
+    "data": ("commands:data", "look at data", "inspect data=digits"),
+    "find": ("commands:find", "a rate, a micro-batch", "lr model=gpt_nano"),
+    "bench": ("commands:bench", "how fast this machine is", "model=gpt_small"),
+    "runs": ("listing:runs", "which runs there are", "--sort metric --limit 10"),
+    "diff": ("listing:diff", "runs side by side", "runs/ONE runs/TWO"),
+    "report": ("reports.command:report", "one page about runs", "runs/SWEEP"),
+    "explain": ("explain:explain", "what a knob means and does", "optim.lr"),
 }
-
+"""Where each command is, `module:function`, what it is for, and words that go with it."""
 _ACTIONS = {"data": ("inspect",), "find": ("lr", "batch")}
 """The word that comes after a command, where there is one."""
 
@@ -129,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())), end="")
+        print(_HELP.format(commands="\n".join(_told(name) for name in COMMANDS)), end="")
         return 0
     if arguments[0] == "--version":
         from llmtrain import __version__
@@ -144,11 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(command, rest)
 
 
+def _told(command: str) -> str:
+    """A line of the help."""
+    _, purpose, words = COMMANDS[command]
+    return f"  {command:<9} {purpose + ':':<28} llmtrain {command} {words}"
+
+
 def _run(command: str, rest: list[str]) -> int:
     from llmtrain.knobs import ConfigError, UserError
 
     try:
-        return COMMANDS[command][0](rest)
+        return _load(command)(rest)
     except ConfigError as error:
         from llmtrain.report import print_misfits
 
@@ -162,6 +89,18 @@ def _run(command: str, rest: list[str]) -> int:
     except BrokenPipeError:  # the reader has gone: `llmtrain explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _load(command: str) -> Callable[[list[str]], int]:
+    """The function of a command: it takes the words after the command, and gives an exit code."""
+    from importlib import import_module
+
+    from llmtrain.collector import loading
+
+    module, name = COMMANDS[command][0].split(":")
+    with loading():
+        function: Callable[[list[str]], int] = getattr(import_module(f"llmtrain.{module}"), name)
+    return function
 
 
 def _unknown(command: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.build import GROUPS
+from llmtrain.collector import loading
 from llmtrain.compose import (
     ALIASES,
     SHARED,
@@ -224,7 +225,8 @@ def bench(argv: list[str]) -> int:
     flags.add_argument("--since", type=float, default=None)  # how a measured start is told when it began
     given, rest = flags.parse_known_args(argv)
     if given.since is not None:
-        import torch  # noqa: F401
+        with loading():
+            import torch  # noqa: F401
 
     loaded = time.monotonic()
     words = _short("bench", rest)
@@ -293,7 +295,8 @@ def evaluate(argv: list[str]) -> int:
     settings, done = _settings("eval", options)
     if settings is None:
         return done
-    from llmtrain.trained import evaluate_run
+    with loading():
+        from llmtrain.trained import evaluate_run
 
     return evaluate_run(settings, options.trust)
 
@@ -304,7 +307,8 @@ def generate(argv: list[str]) -> int:
     settings, done = _settings("generate", options)
     if settings is None:
         return done
-    from llmtrain.trained import generate_from
+    with loading():
+        from llmtrain.trained import generate_from
 
     return generate_from(settings, options.trust)
 
@@ -315,7 +319,8 @@ def export(argv: list[str]) -> int:
     settings, done = _settings("export", options)
     if settings is None:
         return done
-    from llmtrain.trained import export_run
+    with loading():
+        from llmtrain.trained import export_run
 
     return export_run(settings, options.trust)
 
@@ -428,7 +433,8 @@ def _check_jobs(
         idle: dict[str, Any] = {f.name: None for f in fields(config) if only and f.name not in only}
         found = [m for m in found if m.key.split(".")[0] not in idle or m.key.startswith("train")]
         if parts:
-            from llmtrain.misfits import part_misfits  # torch: only now, when a config is at hand
+            with loading():  # torch: only now, when a config is at hand
+                from llmtrain.misfits import part_misfits
 
             asked = replace(config, **idle)
             if many and config.run is not None:
@@ -450,7 +456,8 @@ def _shared_names(configs: Sequence[RunConfig]) -> list[Misfit]:
 
 
 def _train_one(config: RunConfig, job: Composed) -> int:
-    from llmtrain.run import train as run_train
+    with loading():
+        from llmtrain.run import train as run_train
 
     return run_train(config, _origin(job)).exit_code
 

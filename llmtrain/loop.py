@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmtrain.checkpoint import TrainState
 from llmtrain.clipping import clip
 from llmtrain.clock import Clock, Length
+from llmtrain.collector import held
 from llmtrain.data.loader import Ahead, Loader, Step
 from llmtrain.distributed import total, total_count
 from llmtrain.metrics import Goal
@@ -109,7 +110,7 @@ def fit(state: TrainState, job: Job) -> str:
     clock, ahead, costs = Clock(state.seconds, state.step, state.samples), Ahead(job.loader), _costs(state, job.goal)
     last = state.step >= job.length.steps(state.step, clock.seconds()) or job.goal.missed(costs)
     tried = state.step + _TRIED
-    with _collector_held():
+    with held():
         while not last:
             job.trace.step()
             steps = max(job.length.steps(state.step, clock.seconds()), state.step + 1)
@@ -295,16 +296,3 @@ def _measure(state: TrainState, job: Job, lr: float, clock: Clock) -> dict[str, 
     metrics |= {"step_seconds": lap.seconds / lap.steps, "loading_share": lap.loading / lap.seconds}
     metrics[f"{job.unit}_per_second"] = lap.samples * job.amount_per_sample / lap.seconds
     return metrics
-
-
-@contextmanager
-def _collector_held() -> Iterator[None]:
-    """Keeps Python's garbage collector out of the steps; the loop runs it now and then."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
