@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -180,24 +181,30 @@ def validate(schema: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[
         The values, converted where nothing is lost (`1e6` for an integer), and every misfit. With misfits,
         the values are as they were given.
     """
-    import pydantic  # 0.1 s, and not needed to print help
+    from pydantic import ValidationError  # 0.1 s, and not needed to print help
 
-    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-    fields: dict[str, Any] = {k: (t, ...) for k, t in schema.items()}
-    model = pydantic.create_model("Knobs", __config__=config, **fields)
     misfits = [
         Misfit(key, value, "must be " + describe(schema[key]) + rule)
         for rule, wrong in (("", _odd_bool), (" and fit in 64 bits", _too_large))
         for key, value in given.items()
         if key in schema and wrong(value, schema[key])
     ]
-    try:
-        checked = model.model_validate(dict(given))
-    except pydantic.ValidationError as error:
-        for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
+    checked: dict[str, Any] = {}
+    for key, kind in schema.items():
+        try:
+            checked[key] = _validator(kind).validate_python(given[key])
+        except (KeyError, ValidationError):
             misfits.append(_misfit(key, schema, given))
-        return dict(given), unique(misfits)
-    return {key: getattr(checked, key) for key in schema}, misfits
+    misfits += [_misfit(key, schema, given) for key in given if key not in schema]
+    return (dict(given), unique(misfits)) if misfits else (checked, [])
+
+
+@cache
+def _validator(kind: Any) -> Any:
+    """Pydantic's of one type."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True))
 
 
 def _misfit(key: str, schema: Mapping[str, Any], given: Mapping[str, Any]) -> Misfit:
@@ -233,9 +240,7 @@ def takes(kind: Any, annotation: Any) -> bool:
 def _parts_in(module: str, group: str, only: str | None = None) -> Iterator[Part]:
     """The functions of a module, or of a package's modules, that take what the group is given; or that of one name."""
     for name, path in _sources(module):
-        if only is not None and f"\ndef {only}(" not in _text(path):
-            continue  # most files need not be parsed, which is what costs time
-        for node in _tree(path).body:
+        for node in _tree(path, only).body:
             if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or only not in (None, node.name):
                 continue
             given, about = tuple(arg.arg for arg in node.args.args), GROUPS[group]
@@ -261,8 +266,14 @@ def _text(path: Path) -> str:
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(_text(path), str(path))
+def _tree(path: Path, only: str | None) -> ast.Module:
+    """A file, or what of it may be a function: parsing is what costs time."""
+    text = _text(path)
+    if only is not None:
+        begin = text.find(f"\ndef {only}(")
+        end = re.compile(r"^(def|class|@)", re.M).search(text, begin + 2)
+        text = text[begin : end and end.start()] if begin >= 0 else ""
+    return ast.parse(text, str(path))
 
 
 def _type(argument: ast.arg) -> Any:
