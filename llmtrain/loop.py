@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.checkpoint import TrainState
-from llmtrain.clipping import clip
+from llmtrain.clipping import clip, total_norm
 from llmtrain.clock import Clock, Length
 from llmtrain.collector import held
 from llmtrain.data.loader import Ahead, Loader, Step
@@ -259,7 +259,7 @@ def _update(state: TrainState, job: Job, now: Moment, loss: Tensor) -> Literal["
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
         norms = regularizer.add_gradients()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([norms.get(p, p.grad) for p in parameters])
+        norm = total_norm(parameters, norms)
         applied = not scaler.is_enabled() or bool(torch.isfinite(norm))  # only float16 waits for the device here
         if applied:
             limit = job.grad_clip

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from toy import make_gpt, make_job, make_state, make_train, make_windows
 
-from llmtrain.clipping import clip
+from llmtrain.clipping import clip, norm_of, total_norm
 from llmtrain.loop import fit
 
 SHAPES = [(6, 4), (5, 3, 2), (4, 3, 2, 2), (7,), (1,)]
@@ -23,6 +23,41 @@ def make_parameters(scale=1.0, seed=0):
         p.grad = scale * torch.randn(shape, dtype=torch.float64).exp()
         parameters.append(p)
     return parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_norm_is_that_of_float64(dtype: torch.dtype, turned: bool):
+    torch.manual_seed(0)
+    x = torch.randn(300, 200, dtype=torch.float64).to(dtype)
+    x = x.T if turned else x
+    exact = torch.linalg.vector_norm(x.double())
+    assert norm_of(x).item() == pytest.approx(exact.item(), rel=4 * torch.finfo(dtype).eps)
+
+
+def test_the_norm_of_many_numbers_is_closer_than_torchs():
+    x = torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = torch.linalg.vector_norm(x, dtype=torch.float64).item()
+    ours, theirs = (abs(norm.item() / exact - 1) for norm in (norm_of(x), torch.linalg.vector_norm(x)))
+    assert ours < min(theirs, 5e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_total_is_torchs_and_takes_what_is_known(scale: float):
+    parameters = make_parameters(scale)
+    torch.testing.assert_close(total_norm(parameters, {}), whole(parameters), rtol=1e-12, atol=0)
+    known = {parameters[1]: torch.zeros((), dtype=torch.float64)}
+    others = [p for p in parameters if p is not parameters[1]]
+    torch.testing.assert_close(total_norm(parameters, known), whole(others), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_the_total_does_not_hide_what_is_no_number(odd: float):
+    parameters = [p.float() for p in make_parameters()]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    parameters[2].grad.view(-1)[3] = odd
+    assert not total_norm(parameters, {}).isfinite()
 
 
 def whole(parameters):

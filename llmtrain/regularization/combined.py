@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from llmtrain.clipping import norm_of
 from llmtrain.knobs import Count, Fraction, NonNegative, Portion, Positive, require
 from llmtrain.pace import Moment
 from llmtrain.regularization.average import Average, put_back
@@ -134,9 +135,9 @@ class Combined(Regularizer):
         for params, share, _ in self.groups if l1 or l2 else []:
             owners = [w for w in params if w.grad is not None]
             if owners and owners[0].device.type == "cpu":
-                norms |= {w: torch.linalg.vector_norm(*_penalize([w], l1 * share, l2 * share)) for w in owners}
+                norms |= {w: norm_of(_penalize(w, l1 * share, l2 * share)) for w in owners}
             elif owners:
-                _penalize(owners, l1 * share, l2 * share)
+                _penalize_all(owners, l1 * share, l2 * share)
         return norms
 
     @torch.no_grad()
@@ -210,14 +211,23 @@ def _sizes_of(piece: Tensor) -> Tensor:
     return torch.stack((size.sum(dtype=exact), length.square(), size.sign_().sum(dtype=exact))).double()
 
 
-def _penalize(weights: list[Tensor], l1: float, l2: float) -> list[Tensor]:
-    """Adds the gradients of l1 * sum|w| + l2 * sum(w^2) to those of the weights, and gives them."""
+def _penalize(weight: Tensor, l1: float, l2: float) -> Tensor:
+    """Adds the gradient of l1 * sum|w| + l2 * sum(w^2) to that of a weight, and gives it."""
+    assert weight.grad is not None
+    if l2:
+        weight.grad.add_(weight, alpha=2 * l2)
+    if l1:
+        weight.grad.add_(weight.sign(), alpha=l1)
+    return weight.grad
+
+
+def _penalize_all(weights: list[Tensor], l1: float, l2: float) -> None:
+    """The same for many at once."""
     grads = [w.grad for w in weights if w.grad is not None]
     if l2:
         torch._foreach_add_(grads, weights, alpha=2 * l2)
     if l1:
         torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=l1)
-    return grads
 
 
 def _soft_threshold(weights: list[Tensor], by: float) -> None:
