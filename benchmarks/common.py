@@ -71,8 +71,8 @@ def quiet() -> Any:
 class Loop:
     """The loop of `llmtrain train`, as far as it takes steps: without evaluating, saving or a screen.
 
-    Called, it takes `WARM` steps, then as many as `steps`, and gives the seconds of one of these. The vocabulary is the
-    tokenizer's, or a larger one, for a model of a given size.
+    Called, it takes `WARM` steps, then `steps`, rounded up to a multiple of `WARM`, and gives the seconds of one. The
+    vocabulary is the tokenizer's, or a larger one, for a model of a given size.
     """
 
     def __init__(self, overrides: list[str], steps: int, vocab: int | None = None):
@@ -94,13 +94,14 @@ class Loop:
         self.data = data = replace(data, spec=replace(data.spec, vocab=max(vocab or 0, data.spec.vocab)))
         task = task_of(config, data)
         self.config = config = taken(config, picked(config, data, task, device))
-        self.device, self.steps, self.precision = device, steps, config.precision.build(device)
+        self.device, self.precision = device, config.precision.build(device)
+        self.steps = math.ceil(steps / WARM) * WARM  # whole lines of the log, as many of them as in a run
         place = Path(config.run.dir) / uuid.uuid4().hex
         place.mkdir(parents=True)
         trial, pace = Trial(config, Origin(), data, task, device, screen), pace_of(config, len(data.train), data.spec)
         self.state, job = trial.make(config, 10**6, pace, Watcher, place)
         self.watcher = job.watcher
-        self.job = replace(job, log_every=math.gcd(WARM, steps))  # so that a line is where timing begins
+        self.job = replace(job, log_every=WARM)  # so that a line is where timing begins
 
     def __call__(self) -> float:
         """Takes the steps."""
