@@ -50,7 +50,8 @@ SEARCH = "optuna"
 """The sweeper of `conf/hydra/sweeper` that searches."""
 _BASIC_LAUNCHER = f"{BasicLauncher.__module__}.{BasicLauncher.__name__}"
 _BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
-_OF_ALL = ("sweep.", "cv.", "bench.", "run.dir", "run.cache", "hydra")
+OF_ALL = ("sweep.", "cv.", "bench.", "run.dir", "run.cache", "hydra")
+"""What keys begin with whose values all jobs of a grid share."""
 _ONE_FOR_ALL = "is one for all jobs, and cannot be swept"
 UNREADABLE = (yaml.YAMLError, HydraException, OmegaConfBaseException, OSError, ValueError)
 """What is raised for YAML files that cannot be read or composed."""
@@ -109,14 +110,19 @@ def quoted(text: str) -> str:
 
 def prepare(config_dir: str | None) -> None:
     """Makes Hydra look into the user's folder before ours, and know our resolvers."""
-    OmegaConf.register_new_resolver("unless", _unless, replace=True)
-    OmegaConf.register_new_resolver("over", lambda a, b: float(a) / float(b), replace=True)
-    OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
+    add_resolvers()
     close_environment()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError([Misfit("--config-dir", config_dir, "no such folder")])
     _UserFolder.path = Path(config_dir).resolve() if config_dir is not None else None
     Plugins.instance().register(_UserFolder)
+
+
+def add_resolvers() -> None:
+    """Lets values be `${over:A,B}`, `${unless:DEFAULT,RIVAL,...}` and `${home:PATH}`."""
+    OmegaConf.register_new_resolver("unless", _unless, replace=True)
+    OmegaConf.register_new_resolver("over", lambda a, b: float(a) / float(b), replace=True)
+    OmegaConf.register_new_resolver("home", lambda path: str(Path(path).expanduser()), replace=True)
 
 
 class _UserFolder(SearchPathPlugin):
@@ -246,7 +252,7 @@ def _axes(varied: Sequence[Override], config: DictConfig) -> tuple[list[list[lis
     seed = OmegaConf.select(config, "train.seed")
     pairs = [mend(key) for key in zipped if isinstance(key, str)] if isinstance(zipped, ListConfig) else []
     repeated = isinstance(seeds, int) and seeds > 1 and isinstance(seed, int)  # what is neither, the check will tell
-    misfits = [Misfit(_key(o), _value(o), _ONE_FOR_ALL) for o in varied if _key(o).startswith(_OF_ALL)]
+    misfits = [Misfit(_key(o), _value(o), _ONE_FOR_ALL) for o in varied if _key(o).startswith(OF_ALL)]
     lengths = {key: len(values.get(key, [])) for key in pairs}
     for key in [key for key, length in lengths.items() if not length]:
         misfits.append(Misfit("sweep.zip", key, "has no list of values to go with the others", nearest(key, values)))

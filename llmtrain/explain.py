@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.build import GROUPS
-from llmtrain.compose import ALIASES, config_folder
+from llmtrain.compose import ALIASES, OF_ALL, config_folder
 from llmtrain.config import COMMANDS, TOLD, knobs_of
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.synonyms import meant
@@ -21,11 +21,14 @@ from llmtrain.topics import (
     Topic,
     command_topic,
     comment,
+    default_option,
     experiment_topic,
+    in_words,
     option_topic,
     options,
     resume_knob,
     section_topic,
+    with_default_model,
 )
 
 _OWN = ("cv", "bench")
@@ -171,10 +174,7 @@ def _show_topic(console: Console, topic: Topic) -> None:
 
 
 def _value(values: Mapping[str, Any], name: str) -> str:
-    if name not in values:
-        return ""
-    value = values[name]
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return in_words(values[name]) if name in values else ""
 
 
 def _where(file: Path) -> str:
@@ -204,16 +204,42 @@ def _show_knob(console: Console, key: str) -> None:
     if not having:
         known = sorted({k for topic in topics for k in topic.knobs})
         raise ConfigError([Misfit("explain", key, f"no such knob; {group} has {', '.join(known)}", meant(name, known))])
-    told: list[tuple[Knob, list[Topic]]] = []
-    for topic in having:
-        knob = topic.knobs[name]
-        same = next((topics for other, topics in told if other == knob), None)
-        same.append(topic) if same is not None else told.append((knob, [topic]))
-    for knob, sharing in told:
-        _show_full(console, knob, sharing)
+    if group not in GROUPS:
+        for topic in having:
+            _show_full(console, topic.knobs[name], topic)
+        return
+    usual = f"{group}={default_option(group)}"
+    having.sort(key=lambda topic: topic.title != usual)
+    _show_full(console, having[0].knobs[name], having[0])
+    if having[1:]:
+        _show_others(console, name, having)
 
 
-def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
+def _show_others(console: Console, name: str, topics: Sequence[Topic]) -> None:
+    """The value of a knob in all options but the first, and what is said of it there that is not said of the first."""
+    table = _titled("in the other options", "option", "value", "where it differs")
+    known = _told_of(topics[0].knobs[name])
+    for topic in topics[1:]:
+        told = [text for text in _told_of(topic.knobs[name]) if text not in known]
+        words, number = _value(topic.values, name), _with_default_model(topic, name)
+        table.add_row(topic.title, Text(f"{words} = {number}" if number else words), Text(" ".join(told)))
+    console.print(table)
+
+
+def _told_of(knob: Knob) -> list[str]:
+    """All that is said of a knob, piece by piece."""
+    pieces = (("", knob.meaning), ("Raise: ", knob.raised), ("Lower: ", knob.lowered), ("", knob.rest))
+    return [f"{knob.kind[:1].upper()}{knob.kind[1:]}.", *(title + text for title, text in pieces if text)]
+
+
+def _with_default_model(topic: Topic, name: str) -> str:
+    """What a value that follows the model comes to with the usual one; nothing where it does not."""
+    group, _, option = topic.title.partition("=")
+    found = with_default_model(group, option, name) if option else None
+    return "" if found is None else f"{found:.6g}"
+
+
+def _show_full(console: Console, knob: Knob, topic: Topic) -> None:
     console.print(Text.assemble((knob.key, "bold cyan"), "  ", knob.kind))
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -227,15 +253,15 @@ def _show_full(console: Console, knob: Knob, topics: Sequence[Topic]) -> None:
         if text:
             table.add_row(title, Text(text))
     name = knob.key.rpartition(".")[2]
-    values = ", ".join(f"{_value(topic.values, name)} ({topic.title}, {_where(topic.file)})" for topic in topics)
-    table.add_row("value", Text(values))
-    table.add_row("declared", Text(", ".join(dict.fromkeys(topic.declared for topic in topics))))
-    sources = dict.fromkeys(
-        s for topic in topics for s in re.findall(r"\([^()]*\b(?:19|20)\d\d[^()]*\)", topic.summary)
-    )
+    value = _value(topic.values, name)
+    if number := _with_default_model(topic, name):
+        value += f" = {number} with model={default_option('model')}"
+    table.add_row("value", Text(f"{value} ({topic.title}, {_where(topic.file)})"))
+    table.add_row("declared", Text(topic.declared))
+    sources = dict.fromkeys(re.findall(r"\([^()]*\b(?:19|20)\d\d[^()]*\)", topic.summary))
     if sources:
         table.add_row("source", Text(" ".join(sources)))
-    table.add_row("change it", Text(_change(knob.key, topics[0])))
+    table.add_row("change it", Text(_change(knob.key, topic)))
     console.print(table)
     console.print()
 
@@ -245,7 +271,8 @@ def _change(key: str, topic: Topic) -> str:
     section, _, name = key.rpartition(".")
     if section in _OWN or (section in COMMANDS and topic == command_topic(section)):
         return f"llmtrain {section} {name}=VALUE"
-    return f"llmtrain train {key}=VALUE     sweep it: -m {key}=VALUE,VALUE"
+    swept = "" if key.startswith(OF_ALL) else f"     sweep it: -m {key}=VALUE,VALUE"
+    return f"llmtrain train {key}=VALUE{swept}"
 
 
 def complete(word: str) -> int:

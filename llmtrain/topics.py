@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from llmtrain.build import GROUPS, Part, find
-from llmtrain.compose import config_folder
+from llmtrain.compose import add_resolvers, config_folder
 from llmtrain.config import COMMANDS, TOLD, RunConfig, knobs_of
 from llmtrain.folder import flat
 from llmtrain.knobs import ConfigError, Misfit, describe, nearest
@@ -105,6 +106,48 @@ def option_topic(group: str, option: str) -> Topic:
     part = find(group, values["name"])
     summary = re.split(r"\n\s*(?:Args|Returns|Raises):", part.doc)[0].strip()
     return Topic(f"{group}={option}", summary, part_knobs(part), values, file, f"{part.module}.{part.name}")
+
+
+def default_option(group: str) -> str | None:
+    """The option that a run takes where none of a group is named; None where that is no group of every run."""
+    entries = [entry for entry in _read(config_folder() / "config.yaml")["defaults"] if isinstance(entry, dict)]
+    chosen = {key.rpartition("@")[2]: option for entry in entries for key, option in entry.items()}
+    return chosen.get(group)
+
+
+def in_words(value: Any) -> str:
+    """A value of a YAML file as people write it: `${over:1,${oc.select:model.width,8}}` is 1 / (model.width or 8)."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text, before = str(value), ""
+    while text != before:
+        before, text = text, re.sub(r"\$\{([^${}]*)\}", _said, text)
+    return str(value) if "\0" in text else text
+
+
+def with_default_model(group: str, option: str, name: str) -> Any:
+    """What a value that follows the model comes to with the one that a run takes by itself; None where it does not."""
+    values = option_values(group, option)
+    if "model." not in str(values.get(name)) or "${" not in str(values[name]):
+        return None
+    add_resolvers()
+    model = option_values("model", default_option("model") or "")
+    return OmegaConf.select(OmegaConf.create({"model": model, group: values}), f"{group}.{name}")
+
+
+def _said(found: re.Match[str]) -> str:
+    """One interpolation without others in it, in words; a text with `\\0` in it if there are none."""
+    resolver, colon, rest = found[1].partition(":")
+    given = [word.strip().lstrip(".") for word in rest.split(",")]
+    if not colon:
+        return resolver.lstrip(".")
+    if resolver == "oc.select" and len(given) == 2:
+        return f"{given[0]} or {given[1]}"
+    if resolver == "over" and len(given) == 2:
+        return " / ".join(f"({word})" if " " in word else word for word in given)
+    if resolver == "unless":
+        return f"{given[0]}, unless {' or '.join(given[1:])} is given"
+    return "\0"
 
 
 def experiment_topic(name: str) -> Experiment:

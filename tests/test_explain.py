@@ -13,8 +13,20 @@ import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
 from llmtrain.build import GROUPS, SCHEDULES, find, parts
+from llmtrain.compose import compose_jobs, prepare
 from llmtrain.config import COMMANDS, SECTIONS, knobs_of
-from llmtrain.topics import Knob, command_topic, option_topic, options, part_knobs, resume_knob, section_topic
+from llmtrain.topics import (
+    Knob,
+    command_topic,
+    default_option,
+    in_words,
+    option_topic,
+    options,
+    part_knobs,
+    resume_knob,
+    section_topic,
+    with_default_model,
+)
 
 OPTIMS = ", ".join(options("optim"))
 
@@ -173,9 +185,12 @@ def test_explain_tells_one_knob_in_full(call, key: str):
         ("cv.folds", "llmtrain cv folds=VALUE"),
         ("generate.stream", "llmtrain generate stream=VALUE"),
         ("eval.split", "llmtrain eval split=VALUE"),
+        ("sweep.jobs", "llmtrain train sweep.jobs=VALUE"),
+        ("run.cache", "llmtrain train run.cache=VALUE"),
+        ("hydra.sweeper.sampler", "llmtrain train hydra.sweeper.sampler=VALUE"),
     ],
 )
-def test_a_knob_of_another_command_is_changed_there_and_not_swept(call, key: str, way: str):
+def test_a_knob_of_another_command_or_of_all_jobs_is_not_swept(call, key: str, way: str):
     told = told_by(call("explain", key).out)
     assert told.endswith(f"change it {way}") and "sweep it" not in told
 
@@ -186,10 +201,63 @@ def test_of_two_knobs_of_one_name_each_says_whose_it_is(call):
     assert train.startswith(" llmtrain train eval.batches=VALUE sweep it") and own == " llmtrain eval batches=VALUE"
 
 
-def test_explain_tells_a_knob_once_for_all_options_that_mean_the_same_by_it(call):
-    told = told_by(call("explain", "regularization.l1").out)
-    assert told.count("regularization.l1 number >= 0") == 1
-    assert all(f"(regularization={option}," in told for option in options("regularization"))
+def test_explain_tells_the_usual_option_in_full_and_of_others_their_values(call):
+    said = call("explain", "regularization.l1").out
+    assert said.startswith("regularization.l1  number >= 0\n") and said.count("number >= 0") == 1
+    assert "0.0 (regularization=none, conf/regularization/none.yaml)" in told_by(said)
+    rows = dict(re.findall(r"^regularization=(\w+) +(\S+) *$", said, re.M))
+    assert rows == {
+        option: str(option_topic("regularization", option).values["l1"])
+        for option in options("regularization")
+        if option != "none"
+    }
+
+
+def test_explain_tells_what_a_knob_means_where_that_is_something_else(call):
+    full, others = told_by(call("explain", "optim.lr").out).split("in the other options")
+    assert full.startswith("optim.lr number > 0 meaning Step size at the peak of the schedule. raise")
+    assert "0.384 / (model.width or 384) = 0.003 with model=gpt_nano (optim=adam, conf/optim/adam.yaml)" in full
+    assert "optim=adagrad 0.01 optim=adamax 0.768 / (model.width or 384) = 0.006 optim=adamw" in others
+    assert "optim=adadelta 1.0 Factor on the steps, 1 in the paper. optim=adafactor" in others
+    for option in options("optim"):
+        assert (f"(optim={option}," in full) is (option == "adam")
+        assert (f"optim={option} " in others) is (option != "adam")
+
+
+def test_a_knob_that_the_usual_option_lacks_is_told_of_the_first_that_has_it(call):
+    told = told_by(call("explain", "optim.momentum").out)
+    assert "0.9 (optim=lars, conf/optim/lars.yaml)" in told
+    assert "optim=sgd 0.9 Lower: follows each gradient; 0 is plain gradient descent." in told
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("${over:0.384,${oc.select:model.width,384}}", "0.384 / (model.width or 384)"),
+        ("${oc.select:model.context,128}", "model.context or 128"),
+        ("${unless:1000,${.epochs},${.tokens}}", "1000, unless epochs or tokens is given"),
+        ("${model.path}", "model.path"),
+        ("${home:${run.dir}}/sweep-${now:%Y}", "${home:${run.dir}}/sweep-${now:%Y}"),
+        ("${", "${"),
+        ("a (b)", "a (b)"),
+        (None, "null"),
+        (False, "false"),
+        (0.5, "0.5"),
+        ([1, None], "[1, None]"),
+    ],
+)
+def test_values_are_told_as_people_write_them(value: object, words: str):
+    assert in_words(value) == words
+
+
+def test_the_usual_options_are_those_of_a_run_without_words():
+    prepare(None)
+    job = compose_jobs("config", [], False)[0]
+    chosen = {key.rpartition("@")[2]: option for key, option in job.choices.items()}
+    assert {group: default_option(group) for group in GROUPS} == {group: chosen[group] for group in GROUPS}
+    assert default_option("experiment") is None
+    lr = with_default_model("optim", "adam", "lr")
+    assert lr == pytest.approx(job.values["optim"]["lr"]) and with_default_model("optim", "sgd", "lr") is None
 
 
 def test_a_group_without_a_folder_tells_the_knobs_of_the_one_whose_options_it_has(call):
@@ -216,7 +284,7 @@ def test_explain_answers_by_option_section_command_and_knob(call, question: str)
         "sgd": ["momentum", "0.9", "conf/optim/sgd.yaml", "llmtrain.optim.sgd.sgd"],
         "train": ["batch_size", "conf/config.yaml", "llmtrain.config.Train", "seed"],
         "generate": ["temperature", "stream", "conf/generate.yaml", "llmtrain.config.Generation"],
-        "context": ["data.context integer >= 1", "conf/data/text.yaml", "conf/data/stdlib.yaml"],
+        "context": ["data.context integer >= 1", "conf/data/stdlib.yaml", "data=text model.context or 128 = 128"],
         "resume": ["never", "auto"],
     }
     assert said.code == 0
