@@ -28,12 +28,10 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Takes steps: garbage is collected before and after them, and whenever `gc.collect` is called."""
+    """Takes steps: garbage is collected before them, and whenever `gc.collect` is called."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
