@@ -80,7 +80,7 @@ class Loop:
 
         from llmtrain.hardware import keep_freed_memory
         from llmtrain.picks import taken
-        from llmtrain.run import pace_of, picked, prepare_data, task_of
+        from llmtrain.run import pace_of, picked, prepare_data, sketch_of, task_of
         from llmtrain.story import Origin, Watcher
         from llmtrain.trial import Trial
 
@@ -93,12 +93,14 @@ class Loop:
         data = prepare_data(config, screen)
         self.data = data = replace(data, spec=replace(data.spec, vocab=max(vocab or 0, data.spec.vocab)))
         task = task_of(config, data)
-        self.config = config = taken(config, picked(config, data, task, device))
+        sketch = sketch_of(config, task.asked(data.spec))
+        self.config = config = taken(config, picked(config, data, task, device, sketch))
         self.device, self.precision = device, config.precision.build(device)
         self.steps = math.ceil(steps / WARM) * WARM  # whole lines of the log, as many of them as in a run
         place = Path(config.run.dir) / uuid.uuid4().hex
         place.mkdir(parents=True)
-        trial, pace = Trial(config, Origin(), data, task, device, screen), pace_of(config, len(data.train), data.spec)
+        trial = Trial(config, Origin(), data, task, device, screen, sketch)
+        pace = pace_of(config, len(data.train), data.spec)
         self.state, job = trial.make(config, 10**6, pace, Watcher, place)
         self.watcher = job.watcher
         self.job = replace(job, log_every=WARM)  # so that a line is where timing begins

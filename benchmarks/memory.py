@@ -155,7 +155,7 @@ def train(config: Any, spec: Any, device: Any) -> None:
     from llmtrain.data.rows import Rows
     from llmtrain.display import Screen
     from llmtrain.loop import Length, fit
-    from llmtrain.run import make, make_job, pace_of, task_of
+    from llmtrain.run import make, make_job, pace_of, sketch_of, task_of
     from llmtrain.story import Origin, Scene
     from llmtrain.types import Data
 
@@ -177,7 +177,8 @@ def train(config: Any, spec: Any, device: Any) -> None:
     state, regularizer = make(config, task.asked(spec), device, precision)
     pace = pace_of(config, len(samples), spec)
     length = Length(config.train, len(samples), spec.context, pace)
-    scene = Scene(Path(), config, Origin(), data, task, device, precision, state.model, length, Screen())
+    sketch = sketch_of(config, task.asked(data.spec))
+    scene = Scene(Path(), config, Origin(), data, task, device, precision, state.model, length, Screen(), sketch)
 
     class Nobody:
         def measured(self, step: int, metrics: dict[str, float]) -> None: ...

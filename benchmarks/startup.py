@@ -143,7 +143,7 @@ def bare(words: list[str]) -> None:
 
 
 def ours(words: list[str]) -> None:
-    """`llmtrain train` up to its first step; all that it imports comes first, so that stages can be marked."""
+    """`llmtrain train` up to its first step; what it imports bit by bit comes at once, so that stages can be marked."""
     marks = Marks()
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.path.insert(0, str(HERE.parent.parent))
@@ -152,12 +152,24 @@ def ours(words: list[str]) -> None:
 
     marks.end("import llmtrain.cli")
     with loading():
+        from llmtrain import commands
+    marks.end("import llmtrain.commands: Hydra and the config")
+    read = commands.read
+    commands.compose_jobs = marks.around(commands.compose_jobs, "command line", "compose, torch's libraries beside it")
+    commands.read = lambda *given: then_parts(read(*given), marks)
+    cli.main(["train", *words])
+    raise SystemExit("no step was taken")
+
+
+def then_parts(result: Any, marks: Marks) -> Any:
+    """What a config's schema says, with marks set in all that comes after it."""
+    from llmtrain.collector import loading
+
+    marks.end("check: schema")
+    with loading():
         import torch  # noqa: F401
         from torch.optim.optimizer import register_optimizer_step_post_hook
     marks.end("import torch")
-    with loading():
-        from llmtrain import commands
-    marks.end("import llmtrain.commands: Hydra and the config")
     with loading():
         from llmtrain import misfits, run
     marks.end("import llmtrain.run: all parts and the loop")
@@ -175,14 +187,12 @@ def ours(words: list[str]) -> None:
 
     make = run.make
     register_optimizer_step_post_hook(stepped)
-    commands.compose_jobs = marks.around(commands.compose_jobs, "command line", "compose")
-    misfits.part_misfits = marks.around(misfits.part_misfits, "check: schema", "check: what the parts say")
+    misfits.part_misfits = marks.around(misfits.part_misfits, "import of them", "check: what the parts say")
     run.prepare_data = marks.around(run.prepare_data, "device", "data, from the cache")
     run.picked = marks.around(run.picked, "folder", "what is picked for auto")
     run.make = marks.around(made, "precision", "model, its init and optimizer")
     run.summarize = marks.around(run.summarize, "files of the run", "summary")
-    cli.main(["train", *words])
-    raise SystemExit("no step was taken")
+    return result
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from llmtrain.knobs import UserError
 from llmtrain.loop import Job, Length, fit
 from llmtrain.models.transformer import count_parameters
 from llmtrain.pace import Pace
-from llmtrain.story import Origin, flops_per_sample
+from llmtrain.story import Origin
 from llmtrain.tracing import PARTS, Meter, Phase, Profiler
 from llmtrain.trial import Silent, Trial, trying
 from llmtrain.words import duration, several, short
@@ -226,7 +226,7 @@ def _compute(trial: Trial, state: TrainState, job: Job, seconds: float) -> Recor
     """What the model computes per second, beside what the device can: as advertised, and as measured by products."""
     device, dtype, batch = trial.device, job.precision.dtype, trial.config.train.batch_size
     amount = batch * trial.data.spec.context
-    flops = flops_per_sample(trial.config, trial.task, trial.data) * batch
+    flops = trial.sketch.flops * batch
     achieved = flops / seconds
     size, square = hardware.square_rate(device, dtype)
     widest = hardware.product_rate(device, dtype, state.model, amount // trial.config.train.pieces)

@@ -33,9 +33,12 @@ from llmtrain.compose import (
 )
 from llmtrain.config import SECTIONS, RunConfig, check_command, knobs_of, read
 from llmtrain.knobs import ConfigError, Misfit, UserError, nearest
+from llmtrain.preload import preload_torch
 
 _SWITCHES = ("help", "hydra_help", "resolve", "run", "multirun", "shell_completion")
 _VALUED = ("cfg", "package", "config_name", "config_dir", "info")
+_LOOKS = ("help", "hydra_help", "cfg", "info", "shell_completion")
+"""Flags that only show a config or its help, for which torch is not needed."""
 _OURS = ("json", "png", "dry_run", "trust")
 _ONE_OF = ("run", "multirun", "cfg", "info", "shell_completion")
 _SHOW_USAGE = """usage: llmtrain show [GROUP=OPTION ...] [KEY=VALUE ...] [--json] [--png FILE]
@@ -365,6 +368,10 @@ def _parse(command: str, argv: list[str]) -> argparse.Namespace:
         misfits.append(Misfit("--resolve", "true", "goes with --cfg or --help"))
     if misfits:
         raise ConfigError(misfits)
+    if not any(getattr(options, flag) for flag in _LOOKS):
+        import pydantic_core  # noqa: F401  # is wanted first, and the loader takes one library at a time
+
+        preload_torch()
     prepare(options.config_dir)
     if options.trust:  # a package of the user's own lies where the user is, not where llmtrain is installed
         sys.path.insert(0, str(Path.cwd()))

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,43 @@ def outlined(build: Callable[[], nn.Module], spec: DataSpec, samples: int = 1) -
         return build(), cpu
 
 
+class Sketch:
+    """What is known of a model from one sample's pass through an outline of it, which is made when first asked for.
+
+    Args:
+        build: Makes the model.
+        spec: What its samples are.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], spec: DataSpec):
+        self.spec, self._build = spec, build
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Its layers; the numbers in them mean nothing."""
+        return self._outlined[0].eval()
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of learning from a sample, attention to all of it included: the backward pass takes two forward."""
+        return 3 * self._passed[0]
+
+    @property
+    def bytes_made(self) -> int:
+        """Bytes of all that the forward pass of a sample computes: more than it can keep."""
+        return self._passed[1]
+
+    @cached_property
+    def _outlined(self) -> tuple[nn.Module, torch.device]:
+        return outlined(self._build, self.spec)
+
+    @cached_property
+    def _passed(self) -> tuple[int, int]:
+        with self._outlined[1], _made() as made:
+            flops = count_flops(self.model, blank(self.spec))
+        return flops, made.bytes
+
+
 class _Undrawn(TorchFunctionMode):
     """Draws no numbers: on the meta device that would import the compiler, too."""
 
@@ -165,19 +203,9 @@ class _Made(TorchDispatchMode):
         return result
 
 
-def bytes_made(model: nn.Module, inputs: Tensor) -> int:
-    """Bytes of all that one forward pass over `inputs` computes: more than it can keep."""
+def _made() -> _Made:
     compiler.never_compiled(_Made.__torch_dispatch__)
-    with torch.no_grad(), _Made() as made:
-        model(inputs)
-    return made.bytes
-
-
-def forward_flops(build: Callable[[], nn.Module], spec: DataSpec) -> int:
-    """FLOPs of one sample's forward pass through the model that is built."""
-    model, where = outlined(build, spec)
-    with where:
-        return count_flops(model.eval(), blank(spec))
+    return _Made()
 
 
 def eagerly() -> AbstractContextManager:

@@ -10,12 +10,10 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from llmtrain import budget, gauges, hardware
@@ -56,7 +54,7 @@ class Pick(NamedTuple):
 
 def picks_for(
     config: RunConfig,
-    spec: DataSpec,
+    sketch: hardware.Sketch,
     device: torch.device,
     samples: int | None,
 ) -> list[Pick]:
@@ -64,25 +62,20 @@ def picks_for(
 
     Args:
         config: A checked config.
-        spec: What the model is asked for.
+        sketch: Of its model, with what that is asked for.
         device: Where the run is.
         samples: How many it takes from its first to its last step; None: that is not known, or up to the clock.
     """
     train = config.train
     if "auto" not in (train.accumulate, train.compile):
         return []
-    model, where = hardware.outlined(partial(config.model.build, spec), spec)
-    with where:
-        sample = hardware.blank(spec)
-        flops = 3 * hardware.count_flops(model.eval(), sample)
-        made = hardware.bytes_made(model, sample)
     picks = []
     if train.accumulate == "auto":
-        picks.append(_accumulate(config, spec, device, model, made))
+        picks.append(_accumulate(config, sketch, device))
     if train.compile == "auto":
         own = [choice.part.module.startswith("llmtrain.") for choice in (config.model, config.loss)]
-        lacking = uncompilable(model, "model") is not None or not all(own)  # others' may not be made to be compiled
-        value, why = compiling(device.type, lacking, train, None if samples is None else flops * samples)
+        lacking = uncompilable(sketch.model, "model") is not None or not all(own)  # others' may not be made for it
+        value, why = compiling(device.type, lacking, train, None if samples is None else sketch.flops * samples)
         picks.append(Pick("train.compile", value, why))
     return picks
 
@@ -118,24 +111,24 @@ def _still(value: int | str, batch_size: int, device: str) -> bool:
     return batch_size % (value * world()) == 0
 
 
-def _accumulate(config: RunConfig, spec: DataSpec, device: torch.device, model: nn.Module, made: int) -> Pick:
+def _accumulate(config: RunConfig, sketch: hardware.Sketch, device: torch.device) -> Pick:
     """The fewest micro-batches of which each is foreseen to fit into the free memory, with a margin.
 
     One where more of them would be another training, or several processes would have to agree.
     """
     key, share = "train.accumulate", config.train.batch_size // world()
-    if config.train.buckets > 1 or any(isinstance(module, _NormBase) for module in model.modules()):
+    if config.train.buckets > 1 or any(isinstance(module, _NormBase) for module in sketch.model.modules()):
         what = "the order of samples (train.buckets)" if config.train.buckets > 1 else "batch norm"
         return Pick(key, 1, f"{what} goes by micro-batches, so free memory does not choose them")
     if world() > 1:
         return Pick(key, 1, "several processes do not choose each for itself")
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in sketch.model.parameters())
     free, _ = gauges.free(device)
     room = int(_SHARES[device.type] * free)
-    if most(parameters, made * share) <= room:
+    if most(parameters, sketch.bytes_made * share) <= room:
         return Pick(key, 1, f"{_samples(share)} at once take little")
     try:
-        value, peak = fewest(share, room, lambda parts: _needed(config, spec, device, parts))
+        value, peak = fewest(share, room, lambda parts: _needed(config, sketch.spec, device, parts))
     except Exception as error:  # a part may fail in its own way on tensors without contents; real steps will tell
         return Pick(key, 1, f"what a step takes cannot be foreseen: {(str(error) or repr(error)).splitlines()[0]}")
     size = _samples(share // value)

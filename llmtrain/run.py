@@ -160,7 +160,8 @@ def _train_in(
     place: Path, config: RunConfig, origin: Origin, data: Data, device: torch.device, screen: Screen
 ) -> Result:
     task = task_of(config, data)
-    picks = picked(config, data, task, device)
+    sketch = sketch_of(config, task.asked(data.spec))
+    picks = picked(config, data, task, device, sketch)
     precision: Precision = config.precision.build(device)
     state, regularizer = make(config, task.asked(data.spec), device, precision)
     source = _find_source(place, config, screen)
@@ -170,7 +171,7 @@ def _train_in(
     asked, config = config, taken(config, picks)
     screen.keep_log(place / "log.txt")
     length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))
-    scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen, picks)
+    scene = Scene(place, config, origin, data, task, device, precision, state.model, length, screen, sketch, picks)
     _write_down(scene, state, asked)
     stop, trace = Stop(), _trace(scene, state)
     with stop.listening(), closing(Watcher(scene, state)) as watcher:
@@ -199,7 +200,12 @@ def _train_in(
     return result
 
 
-def picked(config: RunConfig, data: Data, task: Task, device: torch.device) -> list[Pick]:
+def sketch_of(config: RunConfig, spec: DataSpec) -> hardware.Sketch:
+    """What is known of a config's model beforehand; `spec` is what it is asked for (`Task.asked`)."""
+    return hardware.Sketch(partial(config.model.build, spec), spec)
+
+
+def picked(config: RunConfig, data: Data, task: Task, device: torch.device, sketch: hardware.Sketch) -> list[Pick]:
     """What a run takes for each `auto` in the section `train`; `taken` puts that into the config."""
     train, spec = config.train, data.spec
     samples = None
@@ -207,7 +213,7 @@ def picked(config: RunConfig, data: Data, task: Task, device: torch.device) -> l
         length = Length(train, len(data.train), spec.context, pace_of(config, len(data.train), spec))
         samples = length.samples_in(length.steps(0, 0.0))
     known = replace(config, loss=counted(config.loss, task, data))
-    return picks_for(known, task.asked(spec), device, samples)
+    return picks_for(known, sketch, device, samples)
 
 
 def _tell_halved(scene: Scene, loader: Loader, step: int) -> None:

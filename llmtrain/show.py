@@ -24,7 +24,7 @@ from llmtrain.loop import Length
 from llmtrain.models.transformer import TokenHead, count_parameters
 from llmtrain.optim.groups import param_groups
 from llmtrain.picks import Pick, picks_for, taken
-from llmtrain.run import pace_of, provisional, provisional_loss, setup_for
+from llmtrain.run import pace_of, provisional, provisional_loss, setup_for, sketch_of
 from llmtrain.story import Origin
 from llmtrain.types import DataSpec
 from llmtrain.words import several, short
@@ -116,7 +116,7 @@ def _find(config: RunConfig, origin: Origin, painted: bool) -> Findings:
     device = hardware.choose_device(config.train.device)
     asked = config.task.build(spec, None).asked(spec)
     config = replace(config, loss=provisional_loss(config.loss, spec))
-    picks = picks_for(config, asked, device, _samples(config, spec))
+    picks = picks_for(config, sketch_of(config, asked), device, _samples(config, spec))
     config = taken(config, picks)
     with torch.device("meta"):
         model = config.model.build(asked)

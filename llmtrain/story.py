@@ -56,6 +56,7 @@ class Scene:
     model: nn.Module
     length: Length
     screen: Screen
+    sketch: hardware.Sketch
     picks: Sequence[Pick] = ()
 
 
@@ -99,7 +100,7 @@ class Watcher:
 def summarize(scene: Scene, state: TrainState) -> None:
     """Shows the table before the first step, and begins the live view."""
     config, data, origin = scene.config, scene.data, scene.origin
-    flops = flops_per_sample(config, scene.task, data) * config.train.batch_size
+    flops = scene.sketch.flops * config.train.batch_size
     screen = scene.screen
     screen.flops_per_step, screen.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)
     steps = scene.length.steps(state.step, state.seconds)
@@ -122,11 +123,6 @@ def summarize(scene: Scene, state: TrainState) -> None:
     rows += [("optimizer", _optimizer_in_words(config)), *_origin_in_words(origin), ("folder", str(scene.place))]
     screen.table("llmtrain train", rows)
     screen.begin(steps, state.step)
-
-
-def flops_per_sample(config: RunConfig, task: Task, data: Data) -> int:
-    """FLOPs of learning from a sample, attention to all of it included; the backward pass costs twice the forward."""
-    return 3 * hardware.forward_flops(lambda: config.model.build(task.asked(data.spec)), data.spec)
 
 
 def _length_in_words(scene: Scene, steps: int, left: int, flops: float) -> str:

@@ -18,11 +18,12 @@ from llmtrain.budget import Memory
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
 from llmtrain.display import Screen
+from llmtrain.hardware import Sketch
 from llmtrain.loop import Job, Length
 from llmtrain.metrics import Goal
 from llmtrain.pace import Pace, still
 from llmtrain.picks import Pick, taken
-from llmtrain.run import counted, make, make_job, picked, prepare_data, settle, task_of
+from llmtrain.run import counted, make, make_job, picked, prepare_data, settle, sketch_of, task_of
 from llmtrain.story import Origin, Scene
 from llmtrain.tasks import Task
 from llmtrain.types import Data
@@ -53,6 +54,7 @@ class Trial:
     task: Task
     device: torch.device
     screen: Screen
+    sketch: Sketch
     picks: Sequence[Pick] = ()
 
     def make(
@@ -80,7 +82,7 @@ class Trial:
         state, regularizer = make(config, self.task.asked(self.data.spec), self.device, precision)
         train = replace(config.train, steps=steps, epochs=None, tokens=None, minutes=None)
         length = Length(train, len(self.data.train), self.data.spec.context, pace or Pace(still))
-        given = (self.data, self.task, self.device, precision, state.model, length, self.screen)
+        given = (self.data, self.task, self.device, precision, state.model, length, self.screen, self.sketch)
         scene = Scene(place or Path(), config, self.origin, *given)
         job = make_job(scene, regularizer, watch(scene, state), lambda: False)
         return state, replace(
@@ -114,7 +116,8 @@ def trying(config: RunConfig, origin: Origin, quiet: bool = False) -> Iterator[T
         device = settle(config)
         data = prepare_data(config, screen)
         task = task_of(config, data)
-        picks = picked(config, data, task, device)
-        yield Trial(taken(config, picks), origin, data, task, device, screen, picks)
+        sketch = sketch_of(config, task.asked(data.spec))
+        picks = picked(config, data, task, device, sketch)
+        yield Trial(taken(config, picks), origin, data, task, device, screen, sketch, picks)
     finally:
         screen.close()

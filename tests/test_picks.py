@@ -11,9 +11,10 @@ import torch
 from test_budget import composed
 from toy import CPU, make_train
 
-from llmtrain import budget, gauges, hardware, picks
+from llmtrain import budget, gauges, picks
 from llmtrain.misfits import part_misfits
 from llmtrain.picks import Pick, as_before, compiling, fewest, picks_for, taken
+from llmtrain.run import sketch_of
 from llmtrain.types import DataSpec
 
 TEXT = DataSpec(vocab=500, context=64, boundary=0)
@@ -32,7 +33,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
 
 
 def picked(config: Any, samples: int | None = 1000, device: torch.device = CPU) -> dict[str, Pick]:
-    return {pick.key: pick for pick in picks_for(config, TEXT, device, samples)}
+    return {pick.key: pick for pick in picks_for(config, sketch_of(config, TEXT), device, samples)}
 
 
 def peak(config: Any, parts: int) -> int:
@@ -84,10 +85,9 @@ def test_what_is_small_is_not_looked_at(monkeypatch: pytest.MonkeyPatch):
 def test_no_step_takes_more_than_its_forward_pass_lets_expect(words: tuple[str, ...]):
     config = composed(*words, "train.batch_size=4", "train.accumulate=1")
     spec = DataSpec(vocab=2048, context=config.model.values["context"])
-    with torch.device("meta"):
-        model = config.model.build(spec)
-        made = hardware.bytes_made(model.eval(), hardware.blank(spec))
-    parameters, peak = sum(p.numel() for p in model.parameters()), budget.memory(config, spec, CPU).peak
+    known = sketch_of(config, spec)
+    made, parameters = known.bytes_made, sum(p.numel() for p in known.model.parameters())
+    peak = budget.memory(config, spec, CPU).peak
     assert peak <= picks.most(parameters, 4 * made)
     assert "model=lstm" in words or picks.most(parameters, 4 * made) < 20 * peak  # taken apart, an LSTM makes much
 

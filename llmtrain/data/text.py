@@ -210,7 +210,8 @@ def library_sources() -> list[Document]:
     names: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in _NOT_SOURCE]
-        names += [Path(folder, f).relative_to(root).as_posix() for f in files if f.endswith(".py")]
+        within = Path(folder).relative_to(root).as_posix()
+        names += [f if within == "." else f"{within}/{f}" for f in files if f.endswith(".py")]
     names = [n for n in names if not n.startswith("_sysconfigdata") and n != "pydoc_data/topics.py"]
     return [d for name in sorted(names) if (d := from_file(Path(root, name), name)).end]
 
