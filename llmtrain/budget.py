@@ -8,7 +8,7 @@ scores, attention by plain products does), which the meta device does not tell.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +46,7 @@ _PROBE = 2
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _KINDS = {Attention: "attention", FeedForward: "feed-forward", Embedding: "embedding", nn.Embedding: "embedding"}
 _OUTPUTS = ("output", "head")
+_LSTM = torch.ops.aten.mkldnn_rnn_layer.default
 
 
 @dataclass(frozen=True)
@@ -275,9 +276,8 @@ def _summed(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, mask:
 
 
 def hides_memory(model: nn.Module, device: torch.device) -> bool:
-    """Whether a kernel keeps memory that fake tensors do not show: cuDNN's recurrent ones and oneDNN's LSTM do."""
-    hiding = nn.LSTM if device.type == "cpu" else nn.RNNBase
-    return any(isinstance(module, hiding) for module in model.modules())
+    """Whether a kernel keeps memory that fake tensors do not show: cuDNN's recurrent ones do."""
+    return device.type != "cpu" and any(isinstance(module, nn.RNNBase) for module in model.modules())
 
 
 def _key(tensor: Tensor) -> int:
@@ -320,6 +320,9 @@ class _Living(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
             return _some_number(args[0].dtype)
+        if func is _LSTM and args[-1]:  # it is to be trained
+            *seen, hidden = result
+            result = (*seen, hidden.new_empty(_workspace(args)))
         for leaf in tree_leaves((args, result)):  # what was given may have been filled since it was last seen
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage())
@@ -352,6 +355,24 @@ class _Living(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         self._copies.discard(key)
         self.now -= self._sizes.pop(key)
+
+
+def _workspace(args: Sequence[Any]) -> int:
+    """Bytes that oneDNN's LSTM keeps for its backward pass, of which a fake tensor shows none.
+
+    How much is its own affair and differs between processors, so the kernel itself is asked with a few samples, in two
+    lengths: it keeps as much for each sample and each token, beside something for the first.
+    """
+    length, samples, _ = args[0].shape
+    few, (short, long) = min(samples, 4), (16, 32)
+    kept = []
+    with unset_fake_temporarily():
+        weights = [torch.zeros(w.shape, dtype=w.dtype) for w in args[1:5]]
+        states = [torch.zeros(few, *s.shape[1:], dtype=s.dtype) for s in args[5:7]]
+        for steps in (short, long):
+            inputs = torch.zeros(steps, few, args[0].shape[2], dtype=args[0].dtype)
+            kept.append(_LSTM(inputs, *weights, *states, *args[7:])[3].nbytes)
+    return round((kept[0] + (kept[1] - kept[0]) * (length - short) / (long - short)) * samples / few)
 
 
 def _some_number(dtype: torch.dtype) -> bool | int | float:

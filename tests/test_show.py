@@ -259,11 +259,8 @@ def test_what_cannot_be_shown_says_why(call, words: tuple[str, ...], told: str):
 
 
 def test_what_the_numbers_leave_out_is_told(call):
-    hidden, compiled = "The recurrent kernel hides what it keeps", "Not compiled"
-    lstm = call("show", "model=lstm", "model.context=8", "train.device=cpu").out
-    assert hidden in lstm and compiled not in lstm
-    gpt = call("show", *TINY, "train.compile=model").out
-    assert hidden not in gpt and compiled in gpt
+    assert "Not compiled" not in call("show", *TINY).out
+    assert "Not compiled" in call("show", *TINY, "train.compile=model").out
 
 
 def test_help_config_and_nothing_left_behind(call):
