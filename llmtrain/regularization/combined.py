@@ -205,10 +205,10 @@ def _sizes(weights: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _sizes_of(piece: Tensor) -> Tensor:
-    exact = torch.promote_types(piece.dtype, torch.float32)
-    size = piece.abs()
-    length = torch.linalg.vector_norm(piece, dtype=exact)
-    return torch.stack((size.sum(dtype=exact), length.square(), size.sign_().sum(dtype=exact))).double()
+    """The same of a piece; dot products are what a CPU sums fastest, and closest."""
+    exact = piece.to(torch.promote_types(piece.dtype, torch.float32))
+    sign = exact.sign()
+    return torch.stack((exact.dot(sign), exact.dot(exact), sign.dot(sign))).double()
 
 
 def _penalize(weight: Tensor, l1: float, l2: float) -> Tensor:
