@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -110,14 +111,9 @@ class Stretch(NamedTuple):
     test: float = 0.0
     turn: float = 0.0
 
-    def parts(self) -> list[tuple[float, float, str]]:
+    def parts(self) -> tuple[tuple[float, float, str], ...]:
         """The line from its beginning, none of it empty: from where, to where, and who stands there."""
-        places = (self.test + (1 - self.test) * place for place in (0.0, self.start, self.end))
-        ends = [round(self.turn + place, 12) for place in (0.0, *places, 1.0)]
-        cuts = [*zip(ends, ends[1:], ("test", "train", "val", "train"), strict=False)]
-        cuts = [(low - by, high - by, side) for low, high, side in cuts for by in (0, 1)]
-        found = sorted((max(low, 0.0), min(high, 1.0), side) for low, high, side in cuts)
-        return [cut for cut in found if cut[0] < cut[1]]
+        return _parts_of(self)
 
     def side(self, place: float) -> str:
         """Who stands at a place below 1."""
@@ -126,6 +122,16 @@ class Stretch(NamedTuple):
     def share(self, side: str) -> float:
         """How much of the line a side has."""
         return sum(end - start for start, end, name in self.parts() if name == side)
+
+
+@lru_cache(maxsize=64)  # asked for each of what may be millions of documents
+def _parts_of(line: Stretch) -> tuple[tuple[float, float, str], ...]:
+    places = (line.test + (1 - line.test) * place for place in (0.0, line.start, line.end))
+    ends = [round(line.turn + place, 12) for place in (0.0, *places, 1.0)]
+    cuts = [*zip(ends, ends[1:], ("test", "train", "val", "train"), strict=False)]
+    cuts = [(low - by, high - by, side) for low, high, side in cuts for by in (0, 1)]
+    found = sorted((max(low, 0.0), min(high, 1.0), side) for low, high, side in cuts)
+    return tuple(cut for cut in found if cut[0] < cut[1])
 
 
 @dataclass(frozen=True)

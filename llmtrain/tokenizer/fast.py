@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tiktoken
 import tokenizers
 
 Encoder = Callable[[str], np.ndarray]
@@ -110,6 +109,8 @@ def _table_of_characters(model: dict[str, Any]) -> Encoder | None:
 
 def _tiktoken(settings: dict[str, Any]) -> Encoder | None:
     """The same merges in tiktoken, which takes a token's id for its rank among the merges."""
+    import tiktoken
+
     words_of, model = _words(settings["pre_tokenizer"] or {}), settings["model"]
     vocab, to_byte = model["vocab"], {c: b for b, c in byte_alphabet().items()}
     merged = ["".join(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]

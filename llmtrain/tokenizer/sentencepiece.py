@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 _MESSAGES: dict[str, dict[str, tuple[int, str, str]]] = {
@@ -43,6 +41,8 @@ _NORMAL, _CONTROL, _OWN = 1, 3, 4
 
 def is_model(raw: bytes) -> bool:
     """Whether this is the content of a model of SentencePiece."""
+    from google.protobuf.message import DecodeError
+
     try:
         return raw[:1] == b"\n" and bool(_parsed(raw).pieces)
     except DecodeError:
@@ -150,6 +150,8 @@ def _parsed(raw: bytes) -> Any:
 @cache
 def _message() -> Any:
     """The class of the whole message."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
     field = descriptor_pb2.FieldDescriptorProto
     described = descriptor_pb2.FileDescriptorProto(
         name="llmtrain/sentencepiece.proto", package="llmtrain", syntax="proto2"

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from llmtrain.tokenizer.fast import fast_encoder, is_byte_level, slow_encoder
+from llmtrain.tokenizer.fast import Encoder, fast_encoder, is_byte_level, slow_encoder
 
 END_OF_TEXT = "<|endoftext|>"
 _ROLES = {
@@ -31,7 +32,7 @@ _WORD = re.compile(r"\w")
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with a fast encoder.
+    """A `tokenizers.Tokenizer` with a fast encoder, which is made with the first text.
 
     Attributes:
         library: The tokenizer of the `tokenizers` library.
@@ -40,7 +41,6 @@ class Tokenizer:
         mask: Id of the token that hides another, or None.
         pad: Id of the token that fills short samples up, or None.
         begin: Id of the token that a sample to be judged as a whole begins with, or None.
-        fast: Whether there is a faster encoder than the library's own.
     """
 
     def __init__(self, library: tokenizers.Tokenizer):
@@ -50,10 +50,24 @@ class Tokenizer:
         self.library = library
         self.vocab = max(library.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end, self.mask, self.pad, self.begin = (self._id_of(role) for role in _ROLES)
-        self._settings: dict[str, Any] = json.loads(library.to_str())
-        faster = fast_encoder(library, self._settings)
-        self.fast = faster is not None
-        self._encode = faster or slow_encoder(library)
+
+    @property
+    def fast(self) -> bool:
+        """Whether there is a faster encoder than the library's own."""
+        return self._faster is not None
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads(self.library.to_str())
+        return settings
+
+    @cached_property
+    def _faster(self) -> Encoder | None:
+        return fast_encoder(self.library, self._settings)
+
+    @cached_property
+    def _encode(self) -> Encoder:
+        return self._faster or slow_encoder(self.library)
 
     def _id_of(self, role: str) -> int | None:
         return next((i for t in _ROLES[role] if (i := self.library.token_to_id(t)) is not None), None)
