@@ -8,7 +8,7 @@ where measured time grows faster, something grows that should not.
     python benchmarks/growth.py [--minutes 4] [--plot growth.svg] [--contexts 512 1024] [--sizes gpt_small]
         [--tokens 4096] [KEY=VALUE ...]
 
-On a CPU: a GPT of 4x256 at contexts of 256 to 4096, 4096 tokens a step, and presets from gpt_nano to gpt_small. On a
+On a CPU: a GPT of 4x256 at contexts of 512 to 8192, 8192 tokens a step, and presets from gpt_nano to gpt_small. On a
 GPU: gpt_small at 512 to 8192, 65,536 tokens a step, and presets up to gpt_xl, all compiled, with a vocabulary of 50304.
 What would not fit in the time is left out and told, and so is what does not fit in memory.
 """
@@ -62,8 +62,8 @@ class Plan(NamedTuple):
 
 
 CPU = Plan(
-    (256, 512, 1024, 2048, 4096),
-    4096,
+    (512, 1024, 2048, 4096, 8192),
+    8192,
     ("model=gpt_nano", "model.layers=4", "model.width=256", "model.heads=4"),
     ("gpt_nano", "gpt_tiny", "gpt_small"),
     128,
