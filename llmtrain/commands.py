@@ -20,6 +20,7 @@ from llmtrain.build import GROUPS
 from llmtrain.collector import loading
 from llmtrain.compose import (
     ALIASES,
+    OURS,
     SHARED,
     UNREADABLE,
     Composed,
@@ -113,7 +114,7 @@ _OF_DATA = ("run", "eval", "data", "augment", "tokenizer")
 def train(argv: list[str]) -> int:
     """`llmtrain train`: one run, or with -m a grid of them."""
     options = _parse("train", argv)
-    name = options.config_name or "config"
+    name = options.config_name or OURS
     if options.shell_completion:
         return _complete(name, options)
     if options.multirun and (draw := compose_draw(name, options.overrides)) is not None:
@@ -150,7 +151,7 @@ def _search(name: str, draw: Draw, options: argparse.Namespace) -> int:
 def cv(argv: list[str]) -> int:
     """`llmtrain cv`: chooses among the points of a grid by cross-validation."""
     options = _parse("cv", _short("cv", argv))
-    name = options.config_name or "config"
+    name = options.config_name or OURS
     if options.shell_completion:
         return _complete(name, options)
     if options.help:
@@ -278,7 +279,7 @@ def _look(
         only: What it asks about; empty, about all.
     """
     options = _parse(command, argv)
-    name = options.config_name or "config"
+    name = options.config_name or OURS
     if options.shell_completion:
         return _complete(name, options)
     if options.help:

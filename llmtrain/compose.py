@@ -38,6 +38,8 @@ from llmtrain.inert import check_searchpath, close_environment, not_data, not_of
 from llmtrain.knobs import ConfigError, Misfit, nearest
 from llmtrain.synonyms import meant
 
+OURS = "config"
+"""The name of our own primary config."""
 ALIASES = {"optimizer": "optim"}
 """Other words in use for a group."""
 SHARED = {group: about.folder for group, about in GROUPS.items() if about.folder}
@@ -281,6 +283,8 @@ def _key(override: Override) -> str:
 def _searchpath(config_name: str, parsed: Sequence[Override], loader: Any) -> list[Any]:
     """Where Hydra is going to look for YAML: it reads this before anything else, so we do too."""
     places: Any = next((o.value() for o in parsed if o.get_key_element() == "hydra.searchpath"), None)
+    if places is None and _UserFolder.path is None and config_name == OURS:
+        return []  # it names no places
     if places is None:
         try:
             primary = loader.repository.load_config(config_path=config_name)

@@ -106,7 +106,7 @@ def outlined(build: Callable[[], nn.Module], spec: DataSpec, samples: int = 1) -
     """A model to be asked for shapes, and the device for what it is asked with: small ones on the CPU, others on meta.
 
     A pass on the meta device costs nothing but imports torch's compiler and sympy, which takes more than a second; a
-    few small samples through a small model take milliseconds. Leaves random numbers as they stood.
+    few small samples through a small model take milliseconds. Its weights are zero, and no random number is drawn.
 
     Args:
         build: Makes the model.
@@ -118,8 +118,11 @@ def outlined(build: Callable[[], nn.Module], spec: DataSpec, samples: int = 1) -
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # oneDNN hides their products
     if not small or recurrent or samples * (math.prod(spec.shape) if spec.shape else spec.context) > _FEW:
         return model, torch.device("meta")
-    with cpu, torch.random.fork_rng(devices=[]):
-        return build(), cpu
+    with cpu, _Undrawn():
+        model = build()
+    with torch.no_grad():
+        torch._foreach_zero_(list(model.parameters()))  # whatever lay there would be slow to compute with
+    return model, cpu
 
 
 class Sketch:

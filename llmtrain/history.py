@@ -84,7 +84,12 @@ class Record:
 
 
 def begin(
-    place: Path, plain: dict[str, Any], origin: Mapping[str, Any], goal: tuple[str, bool], steps: int | None
+    place: Path,
+    plain: dict[str, Any],
+    origin: Mapping[str, Any],
+    goal: tuple[str, bool],
+    steps: int | None,
+    picks: Sequence[str] = (),
 ) -> None:
     """Writes `run.json`: what is known of a run when it starts.
 
@@ -94,6 +99,7 @@ def begin(
         origin: Its `overrides` and `choices`.
         goal: The metric that it is judged by, and whether more of it is better.
         steps: Optimizer steps planned; None where the clock ends it.
+        picks: What was taken for each `auto`, in words.
     """
     now, before = time.time(), _json(place / "run.json")
     told = {
@@ -108,6 +114,7 @@ def begin(
         "overrides": origin["overrides"],
         "choices": origin["choices"],
         "config": folder.flat(folder.whole(plain)),
+        "picks": list(picks),
     }
     folder.write_json(place / "run.json", told)
 

@@ -242,8 +242,8 @@ def _write_down(scene: Scene, state: TrainState, asked: RunConfig) -> None:
         data.tokenizer.save(place / "tokenizer.json")
     goal = goal_of(config.eval)
     steps = length.steps(state.step, state.seconds) if length.seconds is None else None
-    history.begin(place, asked.plain(), vars(origin), (f"val_{goal.monitor}", goal.mode == "max"), steps)
-    history.amend(place, {"picks": [str(pick) for pick in scene.picks]})
+    picks = [str(pick) for pick in scene.picks]
+    history.begin(place, asked.plain(), vars(origin), (f"val_{goal.monitor}", goal.mode == "max"), steps, picks)
 
 
 def pace_of(config: RunConfig, samples: int, spec: DataSpec) -> Pace:

@@ -113,6 +113,7 @@ def test_only_what_is_small_is_made_to_be_asked_for_shapes():
     assert [device.type for device in devices] == ["cpu", "meta", "cpu", "meta", "meta"]
     assert torch.equal(torch.get_rng_state(), before)
     assert hardware.outline(build).weight.is_meta
+    assert not hardware.outlined(build, DataSpec(vocab=8, context=64))[0].weight.any()
 
 
 def test_counting_leaves_no_trace():

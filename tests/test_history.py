@@ -74,7 +74,7 @@ def test_a_start_is_written_and_its_first_time_kept(tmp_path: Path, monkeypatch:
     plain = {"optim": {"name": "adam", "lr": 0.1}, "params": {"lr_scale": {"a": 2}}, "data": {"path": "books"}}
     origin = {"overrides": ["optim.lr=0.1"], "choices": {"optim": "adam"}}
     before = time.time()
-    begin(tmp_path, plain, origin, ("val_accuracy", True), 7)
+    begin(tmp_path, plain, origin, ("val_accuracy", True), 7, ["train.accumulate=2 (what fits)"])
     first = json.loads((tmp_path / "run.json").read_text())
     assert before <= first["started"] <= time.time()
     assert first | {"started": 0} == {
@@ -94,6 +94,7 @@ def test_a_start_is_written_and_its_first_time_kept(tmp_path: Path, monkeypatch:
             "params.lr_scale": {"a": 2},
             "data.path": str(tmp_path / "books"),
         },
+        "picks": ["train.accumulate=2 (what fits)"],
     }
     begin(tmp_path, plain, origin, ("val_accuracy", True), None)
     second = json.loads((tmp_path / "run.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Said
 
-from llmtrain.compose import compose_jobs, prepare
+from llmtrain.compose import OURS, compose_jobs, config_folder, prepare
 from llmtrain.inert import check_searchpath
 from llmtrain.knobs import ConfigError
 
@@ -230,6 +230,11 @@ def test_the_ways_of_logging_that_come_with_hydra_may_be_chosen(choice: str):
     prepare(None)
     [job] = compose_jobs("config", [f"hydra/job_logging={choice}"], multirun=False)
     assert job.misfits == []
+
+
+def test_our_own_config_names_no_places_to_search():
+    """So composing need not read it first to look for them."""
+    assert "searchpath" not in (config_folder() / f"{OURS}.yaml").read_text()
 
 
 def test_folders_may_be_searched_and_nothing_else():
