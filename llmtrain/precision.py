@@ -19,6 +19,8 @@ from torch import nn
 from llmtrain.knobs import Count, Fraction, Positive, require
 from llmtrain.masters import Rounding
 
+_SLOW = "this CPU has no bfloat16 instructions"
+
 
 class Precision(NamedTuple):
     """How forward and backward are computed.
@@ -75,7 +77,8 @@ def bf16(device: torch.device) -> Precision:
     """Matrix products in bfloat16: float32's range, 8 bits of mantissa, no loss scaling needed."""
     capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     require(name=(capable, "bf16", f"this device ({_name(device)}) has no bfloat16; use precision=fp16"))
-    return _precision(device, torch.bfloat16, "bf16: as asked")
+    slow = "" if device.type != "cpu" or _cpu_has_fast_bf16() else f", though {_SLOW}, and fp32 is faster"
+    return _precision(device, torch.bfloat16, f"bf16: as asked{slow}")
 
 
 def bf16_weights(device: torch.device, *, rounding: Literal["nearest", "stochastic", "compensated"]) -> Precision:
@@ -192,7 +195,7 @@ def auto(device: torch.device) -> Precision:
         return _precision(device, torch.float32, f"fp32: {_name(device)} has no bfloat16 tensor cores")
     if _cpu_has_fast_bf16():
         return _precision(device, torch.bfloat16, "bf16: this CPU multiplies bfloat16 matrices in hardware")
-    return _precision(device, torch.float32, "fp32: this CPU has no bfloat16 instructions")
+    return _precision(device, torch.float32, f"fp32: {_SLOW}")
 
 
 def _cpu_has_fast_bf16() -> bool:

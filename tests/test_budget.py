@@ -133,7 +133,7 @@ LOOPED = {
     "clipped by units": f"{TINY} precision=fp32 train.clip_by=adaptive train.batch_size=1",
     "noise": f"{TINY} precision=fp32 regularization=noise train.batch_size=1",
     "bert": "model=bert_nano model.layers=2 vocab=500 task=masked_lm train.batch_size=4 precision=bf16",
-    "resnet18": "model=resnet18 data=digits shape=3,32,32 train.batch_size=8 precision=fp32",
+    "resnet18": "model=resnet18 data=digits shape=3,128,128 train.batch_size=4 precision=fp32",
     "mlp": "model=mlp data=digits shape=768 model.widths=[512,512] train.batch_size=64 precision=fp32",
     "gru": "model=gru model.width=64 model.context=64 vocab=500 train.batch_size=4 precision=fp32",
 }

@@ -74,12 +74,10 @@ def misfits(said: Said) -> dict[str, tuple[str, str]]:
 
 
 def cpu_seconds(*args: str) -> float:
-    """CPU time, user and system, of `llmtrain ARGS`: the best of three."""
+    """CPU time, user and system, of `python ARGS`: the best of three."""
 
     def once() -> float:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmtrain", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([sys.executable, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
@@ -120,8 +118,8 @@ def test_a_misspelt_command_gets_a_hint(call):
 
 
 def test_help_and_config_are_cheap():
-    assert cpu_seconds("--help") <= 0.15
-    assert cpu_seconds("train", "--cfg", "job") <= 0.7
+    assert cpu_seconds("-m", "llmtrain", "--help") < cpu_seconds("-c", "import hydra")
+    assert cpu_seconds("-m", "llmtrain", "train", "--cfg", "job") < cpu_seconds("-c", "import torch")
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,31 @@ def test_both_directions_are_those_of_torch(cell: str):
     torch.testing.assert_close(model.states(tokens), torchs_own(model)(model.tokens(tokens))[0], atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lower_precision_is_computed_by_any_processor(dtype: torch.dtype, bidirectional: bool):
+    """Not each has an LSTM of it; there those cells compute in float32."""
+    model = make(cell="lstm", bidirectional=bidirectional).float()
+    tokens = torch.randint(0, VOCAB, (3, 8))
+    expected = model(tokens)
+    with torch.autocast("cpu", dtype):
+        got = model(tokens)
+    torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.02)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(got.float().square().sum(), parameters)
+    for g, e in zip(ours, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+        torch.testing.assert_close(g, e, atol=0.02 * float(e.abs().max()), rtol=0.05)
+
+
+def test_a_state_is_gone_on_from_in_lower_precision():
+    model = make(cell="lstm").float()
+    tokens = torch.randint(0, VOCAB, (2, 6))
+    caches = model.make_caches(2)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        whole, first, second = model(tokens), model(tokens[:, :4], caches), model(tokens[:, 4:], caches)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole, atol=0.02, rtol=0.02)
+
+
 def test_tied_logits_are_products_with_the_embedding():
     model = make(tied_embeddings=True, embedding_width=None)
     assert model.head is None

@@ -95,7 +95,7 @@ def make_cells(
     nonlinearity: str = "tanh",
 ) -> nn.RNNBase | Bidirectional:
     """Recurrent layers that take (B, T, inputs)."""
-    kind: Any = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[cell]
+    kind: Any = {"rnn": nn.RNN, "lstm": LSTM, "gru": nn.GRU}[cell]
     more = {"nonlinearity": nonlinearity} if cell == "rnn" else {}
     if bidirectional:
         sizes = [inputs] + [2 * width] * (layers - 1)
@@ -103,6 +103,30 @@ def make_cells(
         return Bidirectional(pairs, dropout)
     between = dropout if layers > 1 else 0.0
     return kind(inputs, width, layers, bias=bias, batch_first=True, dropout=between, **more)
+
+
+class LSTM(nn.LSTM):
+    """torch's; in float32 where autocast asks for a type that oneDNN has no LSTM of on this processor.
+
+    torch (2.13) looks whether it has one before autocast has changed the type, and then fails.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Input (B, T, C), and a state to begin from -> states (B, T, width), and the last of them."""
+        if not _lacking(input.device):
+            return super().forward(input, hx)
+        dtype = next(self.parameters()).dtype
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.to(dtype), None if hx is None else tuple(part.to(dtype) for part in hx))
+
+
+def _lacking(device: torch.device) -> bool:
+    """Whether autocast asks oneDNN for a type that this processor lacks."""
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    half = torch.get_autocast_dtype("cpu") == torch.float16
+    there = torch.ops.mkldnn._is_mkldnn_fp16_supported if half else torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return not there()
 
 
 class Bidirectional(nn.Module):
