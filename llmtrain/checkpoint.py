@@ -241,6 +241,11 @@ def find(run: Path, which: str) -> Path:
     return found
 
 
+def last_step(folder: Path) -> int | None:
+    """The step of the newest in a run's `checkpoints` folder; None where there is none."""
+    return max(map(_step, _steps(folder)), default=None)
+
+
 def broken(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None if every file is as it was written."""
     try:

@@ -72,8 +72,12 @@ class Before:
 
 
 @contextmanager
-def explained(config: RunConfig) -> Iterator[None]:
+def explained(config: RunConfig, kept: Callable[[], str] = str) -> Iterator[None]:
     """Tells what can be done where memory runs out.
+
+    Args:
+        config: What is tried.
+        kept: Is asked for a sentence on what is saved, if anything is.
 
     Raises:
         UserError: Instead of an error that says so.
@@ -84,7 +88,7 @@ def explained(config: RunConfig) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         why = (str(error) or "out of memory").splitlines()[0].split(". ")[0]
-        raise UserError(f"memory ran out: {why}. To need less: {', '.join(_advice(config))}") from error
+        raise UserError(f"memory ran out: {why}. To need less: {', '.join(_advice(config))}{kept()}") from error
 
 
 def _advice(config: RunConfig) -> list[str]:

@@ -42,7 +42,7 @@ from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.retry import explained, smaller
 from llmtrain.schedules import in_steps
 from llmtrain.stop import Stop
-from llmtrain.story import Origin, Scene, Watcher, conclude, summarize, tell_profile
+from llmtrain.story import Origin, Scene, Watcher, conclude, going_on, summarize, tell_profile
 from llmtrain.tasks import Task, goal_of, measuring, with_baseline
 from llmtrain.tokenizer import Tokenizer, files_of
 from llmtrain.tracing import Profiler, Trace
@@ -141,10 +141,15 @@ def train(config: RunConfig, origin: Origin) -> Result:
         data = prepare_data(config, screen)
         model, optim = origin.option("model", config.model.part.name), origin.option("optim", config.optim.part.name)
         place = folder.place(config.run.dir, config.run.name, f"{model}-{optim}".replace(":", "-"))
-        with folder.hold(place), explained(config):
+        with folder.hold(place), explained(config, partial(_saved, config, place)):
             return _train_in(place, config, origin, data, device, screen)
     finally:
         screen.close()
+
+
+def _saved(config: RunConfig, place: Path) -> str:
+    step = checkpoint.last_step(place / "checkpoints")
+    return "" if step is None else f". Step {step} is saved. {going_on(config, place)}"
 
 
 def settle(config: RunConfig) -> torch.device:

@@ -199,9 +199,14 @@ def conclude(scene: Scene, result: Result, seconds: float) -> None:
     if result.status == "diverged":
         screen.say("The loss is no longer a number. Lower optim.lr, raise schedule.warmup, or lower train.grad_clip.")
     elif result.status == "stopped":
-        root = Path(scene.config.run.dir).expanduser()
-        name = str(place.relative_to(root)) if place.is_relative_to(root) else place.name
-        screen.say(f"Saved. To go on, give the same command with run.name={name} resume=auto")
+        screen.say(f"Saved. {going_on(scene.config, place)}")
+
+
+def going_on(config: RunConfig, place: Path) -> str:
+    """How a run that has ended too soon is taken up again, in words."""
+    root = Path(config.run.dir).expanduser()
+    name = str(place.relative_to(root)) if place.is_relative_to(root) else place.name
+    return f"To go on, give the same command with run.name={name} resume=auto"
 
 
 def tell_profile(scene: Scene, trace: Trace) -> None:

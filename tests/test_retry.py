@@ -200,7 +200,16 @@ def test_a_run_that_cannot_go_on_says_what_would_help(call, monkeypatch: pytest.
     monkeypatch.setattr(run, "summed", lambda model, loss, *_: Refuses(model, 0, REFUSALS[1]))
     said = call(*JOB)
     assert said.code != 0 and "Traceback" not in said.err
-    assert "memory ran out" in said.err and "train.recompute=1" in said.err
+    assert "memory ran out" in said.err and "train.recompute=1" in said.err and "saved" not in said.err
+
+
+def test_a_run_that_cannot_go_on_says_what_is_saved(call, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "summed", lambda model, loss, *_: Refuses(model, 0, REFUSALS[1], first=2))
+    said = call(*JOB, "checkpoint.every=1")
+    assert said.code != 0 and "memory ran out" in said.err
+    assert said.err.endswith("Step 2 is saved. To go on, give the same command with run.name=a resume=auto\n")
+    monkeypatch.undo()
+    assert call(*JOB, "resume=auto").code == 0
 
 
 def test_evaluation_goes_on_with_smaller_batches_and_the_same_samples(call, monkeypatch: pytest.MonkeyPatch):
