@@ -106,7 +106,7 @@ def outlined(build: Callable[[], nn.Module], spec: DataSpec, samples: int = 1) -
     """A model to be asked for shapes, and the device for what it is asked with: small ones on the CPU, others on meta.
 
     A pass on the meta device costs nothing but imports torch's compiler and sympy, which takes more than a second; a
-    few small samples through a small model take milliseconds. Its weights are zero, and no random number is drawn.
+    few small samples through a small model take milliseconds. Leaves random numbers as they stood.
 
     Args:
         build: Makes the model.
@@ -118,11 +118,8 @@ def outlined(build: Callable[[], nn.Module], spec: DataSpec, samples: int = 1) -
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # oneDNN hides their products
     if not small or recurrent or samples * (math.prod(spec.shape) if spec.shape else spec.context) > _FEW:
         return model, torch.device("meta")
-    with cpu, _Undrawn():
-        model = build()
-    with torch.no_grad():
-        torch._foreach_zero_(list(model.parameters()))  # whatever lay there would be slow to compute with
-    return model, cpu
+    with cpu, torch.random.fork_rng(devices=[]):
+        return build(), cpu
 
 
 class Sketch:
@@ -159,6 +156,9 @@ class Sketch:
     def _passed(self) -> tuple[int, int]:
         with self._outlined[1], _made() as made:
             flops = count_flops(self.model, blank(self.spec))
+        for parameter in self.model.parameters():  # only shapes are asked for from now on
+            if parameter.untyped_storage().resizable():
+                parameter.untyped_storage().resize_(0)
         return flops, made.bytes
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from llmtrain.build import GROUPS, Part, find
 from llmtrain.compose import add_resolvers, config_folder
@@ -132,7 +133,10 @@ def with_default_model(group: str, option: str, name: str) -> Any:
         return None
     add_resolvers()
     model = option_values("model", default_option("model") or "")
-    return OmegaConf.select(OmegaConf.create({"model": model, group: values}), f"{group}.{name}")
+    try:
+        return OmegaConf.select(OmegaConf.create({"model": model, group: values}), f"{group}.{name}")
+    except InterpolationResolutionError:  # that model has no such knob
+        return None
 
 
 def _said(found: re.Match[str]) -> str:

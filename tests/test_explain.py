@@ -21,6 +21,7 @@ from llmtrain.topics import (
     default_option,
     in_words,
     option_topic,
+    option_values,
     options,
     part_knobs,
     resume_knob,
@@ -330,6 +331,16 @@ def test_explain_shows_how_to_ask(call):
     assert call("explain", "--help").out.startswith("usage: llmtrain explain")
     assert call("explain", "--help").code == 0
     assert call("explain", "optim", "train").code == 2
+
+
+def test_every_value_can_be_told(call):
+    """Also one that follows a knob of another model than the usual one, as `tokenizer=model` does."""
+    for group in GROUPS:
+        for option in options(group):
+            for name in option_values(group, option):
+                with_default_model(group, option, name)
+    said = call("explain", "tokenizer.path")
+    assert said.code == 0 and "model.path" in said.out
 
 
 def test_the_page_of_all_knobs_has_them_all(call):

@@ -37,6 +37,22 @@ def test_torch_finds_its_libraries_loaded():
     assert told in ("True False 1 60.0 None", "a build for GPUs")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux loads them beforehand")
+def test_a_process_that_is_forked_meanwhile_has_all_of_them():
+    told = alone("""if True:
+        import os, signal
+        from llmtrain.preload import preload_torch
+        preload_torch()
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            import torch
+            os._exit(0 if torch.ones(2).sum() == 2 else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """)
+    assert told == "0"
+
+
 @pytest.fixture
 def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a torch that is not imported yet; what it holds cannot be loaded."""
@@ -58,10 +74,10 @@ def test_what_cannot_be_loaded_is_left_to_torch(libraries: Path):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("change", ["gpu", "lacking", "elsewhere", "absent"])
+@pytest.mark.parametrize("change", ["libtorch_cuda.so", "libtorch_hip.so", "lacking", "elsewhere", "absent"])
 def test_nothing_is_loaded_where_torch_has_its_own_way(libraries: Path, monkeypatch: pytest.MonkeyPatch, change: str):
-    if change == "gpu":
-        (libraries / "libtorch_cuda.so").touch()
+    if change.endswith(".so"):
+        (libraries / change).touch()
     elif change == "lacking":
         (libraries / "libtorch.so").unlink()
     elif change == "elsewhere":

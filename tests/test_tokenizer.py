@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,28 @@ def test_the_fast_way_is_taken_and_gives_the_ids_of_the_library(name: str) -> No
     tokenizer = made(name)
     assert tokenizer.fast
     for text in SAMPLE + stdlib():
+        assert tokenizer.encode(text).tolist() == by_the_library(tokenizer, text)
+
+
+def uncut(settings: dict[str, Any]) -> None:
+    """Words are not cut at all, in another way of saying so."""
+    settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
+
+
+def beyond_bytes(settings: dict[str, Any]) -> None:
+    """A merge is of what stands for no byte."""
+    model = settings["model"]
+    model["vocab"] |= {"▁": len(model["vocab"]), "▁a": len(model["vocab"]) + 1}
+    model["merges"].append(["▁", "a"])
+
+
+@pytest.mark.parametrize("change", [uncut, beyond_bytes])
+def test_what_the_fast_way_cannot_take_goes_the_way_of_the_library(change: Callable[[dict[str, Any]], None]) -> None:
+    settings = json.loads(made("bpe").library.to_str())
+    change(settings)
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(settings)))
+    assert not tokenizer.fast
+    for text in SAMPLE[:4]:
         assert tokenizer.encode(text).tolist() == by_the_library(tokenizer, text)
 
 

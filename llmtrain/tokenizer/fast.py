@@ -118,7 +118,8 @@ def _tiktoken(settings: dict[str, Any]) -> Encoder | None:
     known = to_byte.keys() | set(merged)
     special = {t["content"] for t in settings["added_tokens"]}
     whole = not model.get("ignore_merges") or vocab.keys() <= known | special
-    if words_of is None or order != sorted(order) or not vocab.keys() >= to_byte.keys() or not whole:
+    of_bytes = to_byte.keys() >= set("".join(merged))
+    if words_of is None or order != sorted(order) or not vocab.keys() >= to_byte.keys() or not whole or not of_bytes:
         return None
     ranks = {bytes(to_byte[c] for c in token): vocab[token] for token in known}
     try:
@@ -131,7 +132,7 @@ def _tiktoken(settings: dict[str, Any]) -> Encoder | None:
 def _words(pre: dict[str, Any]) -> str | None:
     """The regular expression by which a byte-level pre-tokenizer cuts words, if it does nothing else."""
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     if len(steps) == 1:
         return GPT2_WORDS if steps[0].get("use_regex") else None
