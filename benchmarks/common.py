@@ -61,11 +61,9 @@ def machine() -> str:
 
 def quiet() -> Any:
     """A screen that shows nothing."""
-    from llmtrain.display import Screen
+    from llmtrain.screen import Screen
 
-    screen = Screen()
-    screen.console.quiet = True
-    return screen
+    return Screen(quiet=True)
 
 
 class Loop:

@@ -153,9 +153,9 @@ def train(config: Any, spec: Any, device: Any) -> None:
 
     from llmtrain.data.packing import Windows
     from llmtrain.data.rows import Rows
-    from llmtrain.display import Screen
     from llmtrain.loop import Length, fit
     from llmtrain.run import make, make_job, pace_of, sketch_of, task_of
+    from llmtrain.screen import Screen
     from llmtrain.story import Origin, Scene
     from llmtrain.types import Data
 

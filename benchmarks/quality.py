@@ -26,8 +26,8 @@ import numpy as np
 from common import config_of, machine
 
 from llmtrain.config import RunConfig
-from llmtrain.display import Screen
 from llmtrain.run import prepare_data, task_of, train
+from llmtrain.screen import Screen
 from llmtrain.story import Origin
 from llmtrain.types import Data, Result, Samples
 
@@ -109,9 +109,7 @@ def run(job: Job, seed: int, overrides: Sequence[str] = ()) -> Found:
         seconds = time.monotonic() - begin
         if result.status != "finished":
             raise Unfinished(result, seed)
-        screen = Screen()
-        screen.console.quiet = True
-        found = Found(result.metrics[job.metric], job.rivals(config, prepare_data(config, screen)), seconds)
+        found = Found(result.metrics[job.metric], job.rivals(config, prepare_data(config, Screen(quiet=True))), seconds)
     told = ", ".join(f"{rival} {value:.4f}" for rival, value in found.rivals.items())
     print(f"seed {seed}: ours {found.ours:.4f}, {told}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return found

@@ -1,19 +1,14 @@
-"""What a person sees: a summary, a live view or plain lines, and a closing table.
-
-On a terminal the view is redrawn in place; without one (a pipe, CI, a log file) the same facts come as
-plain lines. Both also go to the run's log.txt, as plain lines.
-"""
+"""What is drawn, with rich: tables and pages on a console, a run's live view, pictures of curves and of the screen."""
 
 from __future__ import annotations
 
 import io
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.knobs import UserError
-from llmtrain.words import duration, short
+from llmtrain.standing import Standing
+from llmtrain.words import duration
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 100
@@ -120,55 +116,44 @@ def save_figure(picture: Any, file: Path) -> None:
         raise UserError(f"{file}: cannot be written: {error.strerror or error}") from None
 
 
-class Screen:
-    """Tells the story of a run. Everything that is shown passes through here.
+class Drawing:
+    """Draws a run: its facts and a live view on a terminal, and all of it into a picture of the screen.
 
     Args:
+        terminal: Whether there is one to draw on.
         picture: Path of an SVG of the screen, written by `close`; None writes none.
     """
 
-    def __init__(self, picture: str | None = None):
-        terminal = sys.stdout.isatty()
-        self.console = Console(width=None if terminal else _WIDTH, highlight=False, soft_wrap=not terminal)
+    def __init__(self, terminal: bool, picture: str | None):
+        self.console = Console(highlight=False)
         self._recorder = Console(record=True, width=_WIDTH, force_terminal=True, highlight=False, file=io.StringIO())
-        self.live_wanted = terminal
-        self._picture = picture
-        self._log: IO[str] | None = None
+        self._shown = [self.console] * terminal + [self._recorder] * (picture is not None)
+        self._terminal, self._picture = terminal, picture
         self._live: Live | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._preparing = ("", 0.0)
-        self._losses: list[float] = []
-        self._steps, self._begun = 0, 0.0
-        self._line: dict[str, float] = {}
-        self._val: tuple[int, dict[str, float]] | None = None
-        self._step = 0
-        self.flops_per_step = 0.0
-        self.peak: float | None = None
 
-    def keep_log(self, path: Path) -> None:
-        """From now on writes plain lines into a file as well."""
-        self._log = path.open("a", encoding="utf-8")
-
-    def say(self, text: str, style: str = "") -> None:
-        """One line, to the screen and the log."""
+    def line(self, text: str, style: str) -> None:
+        """One line."""
         self._show(Text(text, style=style))
-        self._plain(text)
 
-    def _note(self, text: str) -> None:
-        if self._log is not None:
-            print(text, file=self._log, flush=True)
+    def facts(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Facts in two columns."""
+        grid = _grid()
+        for name, value in rows:
+            grid.add_row(name, Text(value))
+        self._show(Panel(grid, title=title, title_align="left", border_style="dim"))
+
+    def text(self, title: str, text: str) -> None:
+        """A longer text under a title, as it is."""
+        self._show(Panel(Text(text), title=title, title_align="left", border_style="dim"))
+
+    def _show(self, what: RenderableType) -> None:
+        for console in self._shown:
+            console.print(what)
 
     def preparing(self, what: str, done: int, total: int) -> None:
-        """Progress of a preparation: a bar on a terminal; without one a line now and then, if it takes long."""
-        if not self.live_wanted:
-            now = time.monotonic()
-            if self._preparing[0] != what:
-                self._preparing = (what, now)
-            elif now - self._preparing[1] > 5:
-                self._preparing = (what, now)
-                self.say(f"{what}: {100 * done // max(total, 1)}% of {short(total)}B")
-            return
+        """A bar of how far a preparation is."""
         if self._progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
             self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True)
@@ -183,115 +168,63 @@ class Screen:
             self._progress.stop()
             self._progress = None
 
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Facts in two columns."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="cyan", no_wrap=True)
-        grid.add_column()
-        for name, value in rows:
-            grid.add_row(name, Text(value))
-        self._show(Panel(grid, title=title, title_align="left", border_style="dim"))
-        lines = "\n".join([title, *(f"  {name:<14} {value}" for name, value in rows)])
-        self._plain(lines)
-
-    def text(self, title: str, text: str) -> None:
-        """A longer text under a title, as it is."""
-        self._show(Panel(Text(text), title=title, title_align="left", border_style="dim"))
-        self._plain(f"{title}\n{text}")
-
-    def _show(self, picture: RenderableType) -> None:
-        """Something drawn: to a terminal, and into the picture of the screen."""
-        for console in [self.console] * self.live_wanted + [self._recorder] * (self._picture is not None):
-            console.print(picture)
-
-    def _plain(self, text: str) -> None:
-        """The same in plain text: to the log, and to where there is no terminal."""
-        if not self.live_wanted:
-            self.console.print(Text(text))
-        self._note(text)
-
-    def begin(self, steps: int, step: int) -> None:
-        """Training starts."""
-        self._steps, self._step, self._begun = steps, step, time.monotonic()
-        if self.live_wanted:
-            self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
+    def begin(self, standing: Standing) -> None:
+        """Puts the live view on a terminal."""
+        if self._terminal:
+            self._live = Live(view(standing), console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
-    def measured(self, step: int, metrics: dict[str, float], steps: int) -> None:
-        """A line of training metrics."""
-        self._step, self._steps, self._line = step, steps, metrics
-        self._losses.append(metrics["loss"])
-        shown = (
-            f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"grad norm {metrics['grad_norm']:.3f}  {_speed(metrics)}  "
-            f"{self._mfu()}{duration(self._left())} left"
-        )
-        self._tell(shown)
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """A line of validation metrics."""
-        self._val = (step, metrics)
-        self._tell(f"step {step}  validation: " + "  ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()))
-
-    def _tell(self, line: str) -> None:
-        self._note(line)
+    def follow(self, standing: Standing) -> bool:
+        """Draws the live view anew; tells whether there is one."""
         if self._live is not None:
-            self._live.update(self._view())
-        else:
-            self.console.print(Text(line))
+            self._live.update(view(standing))
+        return self._live is not None
 
-    def _left(self) -> float:
-        return (self._steps - self._step) * self._line.get("step_seconds", 0.0)
-
-    def _mfu(self) -> str:
-        if self.peak is None or "step_seconds" not in self._line:
-            return ""
-        return f"MFU {self.flops_per_step / self._line['step_seconds'] / self.peak:.1%}  "
-
-    def _view(self) -> RenderableType:
-        bar = Table.grid(padding=(0, 1), expand=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        bar.add_row(ProgressBar(max(self._steps, 1), self._step), f"{self._step}/{self._steps} steps")
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="cyan", no_wrap=True)
-        rows.add_column(no_wrap=True)
-        line = self._line
-        if line:
-            rows.add_row("loss", f"[bold]{line['loss']:.4f}[/]  {sparkline(self._losses, 50)}")
-            rows.add_row("learning rate", f"{line['lr']:.3e}")
-            rows.add_row("gradient norm", f"{line['grad_norm']:.3f}")
-            rows.add_row("speed", f"{_speed(line)}  {self._mfu()}")
-        if self._val is not None:
-            step, metrics = self._val
-            rows.add_row("validation", "  ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()) + f"  (step {step})")
-        if line:
-            spent = time.monotonic() - self._begun
-            rows.add_row("time", f"{duration(spent)} so far, about {duration(self._left())} left")
-        title = "training" if line else "training: the first steps are under way"
-        return Panel(Group(bar, rows), title=title, title_align="left", border_style="green")
-
-    def end(self) -> None:
-        """Training ends; the last view stays on the screen."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        self._show(self._view())
+    def end(self, standing: Standing) -> None:
+        """The last view stays."""
+        self._stop()
+        self._show(view(standing))
 
     def close(self) -> None:
-        """Closes the log and writes the picture."""
-        if self._live is not None:
-            self._live.stop()
+        """Takes away what moves, and writes the picture."""
+        self._stop()
         self.prepared()
         if self._picture is not None:
             Path(self._picture).parent.mkdir(parents=True, exist_ok=True)
             self._recorder.save_svg(self._picture, title="llmtrain")
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
-def _speed(metrics: dict[str, float]) -> str:
-    """What was processed per second, in the data's own unit."""
-    key = next(name for name in metrics if name.endswith("_per_second"))
-    return f"{short(metrics[key])} {key.removesuffix('_per_second')}/s"
+def view(standing: Standing) -> RenderableType:
+    """How far a run is, as it is drawn while it trains."""
+    bar = Table.grid(padding=(0, 1), expand=True)
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True)
+    bar.add_row(ProgressBar(max(standing.steps, 1), standing.step), f"{standing.step}/{standing.steps} steps")
+    rows = _grid(no_wrap=True)
+    line = standing.line
+    if line:
+        rows.add_row("loss", f"[bold]{line['loss']:.4f}[/]  {sparkline(standing.losses, 50)}")
+        rows.add_row("learning rate", f"{line['lr']:.3e}")
+        rows.add_row("gradient norm", f"{line['grad_norm']:.3f}")
+        rows.add_row("speed", f"{standing.speed()}  {standing.utilization()}")
+    if standing.val is not None:
+        step, metrics = standing.val
+        rows.add_row("validation", "  ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()) + f"  (step {step})")
+    if line:
+        spent = time.monotonic() - standing.begun
+        rows.add_row("time", f"{duration(spent)} so far, about {duration(standing.left())} left")
+    title = "training" if line else "training: the first steps are under way"
+    return Panel(Group(bar, rows), title=title, title_align="left", border_style="green")
+
+
+def _grid(no_wrap: bool = False) -> Table:
+    """Two columns: names and what they are."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(no_wrap=no_wrap)
+    return grid

@@ -19,10 +19,11 @@ from rich.text import Text
 from llmtrain.augment.sheet import sheet, versions
 from llmtrain.config import RunConfig
 from llmtrain.counts import PASSAGE, Counts, Lengths, Quantity, counted, drawn, feature_names, names_of, sides_of
-from llmtrain.display import Screen, page, printed, tabular
+from llmtrain.display import page, printed, tabular
 from llmtrain.knobs import ConfigError, UserError
 from llmtrain.report import printable
 from llmtrain.run import provisional, read_data, setup_for, task_of
+from llmtrain.screen import Screen
 from llmtrain.story import Origin
 from llmtrain.tasks import with_baseline
 from llmtrain.types import Augment, Batch, Data, Samples

@@ -25,7 +25,6 @@ from llmtrain.compiler import REPLAYING, compiled
 from llmtrain.config import RunConfig
 from llmtrain.data.loader import Loader
 from llmtrain.data.order import buckets_of, order_of
-from llmtrain.display import Screen
 from llmtrain.distributed import rank, world
 from llmtrain.evaluate import evaluate
 from llmtrain.generate import generate
@@ -41,6 +40,7 @@ from llmtrain.recompute import recompute
 from llmtrain.regularization.regularizer import Regularizer
 from llmtrain.retry import explained, smaller
 from llmtrain.schedules import in_steps
+from llmtrain.screen import Screen
 from llmtrain.stop import Stop
 from llmtrain.story import Origin, Scene, Watcher, conclude, going_on, summarize, tell_profile
 from llmtrain.tasks import Task, goal_of, measuring, with_baseline

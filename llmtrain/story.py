@@ -15,12 +15,12 @@ from torch import nn
 from llmtrain import folder, hardware
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
-from llmtrain.display import Screen
 from llmtrain.loggers import JsonLines, TensorBoard
 from llmtrain.loop import Length
 from llmtrain.models.transformer import count_parameters
 from llmtrain.picks import Pick
 from llmtrain.precision import Precision
+from llmtrain.screen import Screen
 from llmtrain.tasks import Task
 from llmtrain.tracing import Profiler, Trace
 from llmtrain.types import Data, Result
@@ -101,8 +101,8 @@ def summarize(scene: Scene, state: TrainState) -> None:
     """Shows the table before the first step, and begins the live view."""
     config, data, origin = scene.config, scene.data, scene.origin
     flops = scene.sketch.flops * config.train.batch_size
-    screen = scene.screen
-    screen.flops_per_step, screen.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)
+    screen, now = scene.screen, scene.screen.standing
+    now.flops_per_step, now.peak = flops, hardware.peak_flops(scene.device, scene.precision.dtype)
     steps = scene.length.steps(state.step, state.seconds)
     count = short(count_parameters(scene.model))
     rows = [

@@ -18,7 +18,6 @@ from llmtrain import checkpoint, hardware
 from llmtrain.budget import fit_attention
 from llmtrain.build import GROUPS, SCHEDULES
 from llmtrain.config import SECTIONS, Evaluation, Export, Generation, RunConfig, Sample, check
-from llmtrain.display import Screen
 from llmtrain.evaluate import evaluate, spread
 from llmtrain.export import Trained, export
 from llmtrain.folder import read_choices, read_config, write_json
@@ -28,6 +27,7 @@ from llmtrain.precision import Precision, auto
 from llmtrain.predictions import Predictions
 from llmtrain.retry import explained, smaller
 from llmtrain.run import added_up, prepare_data, task_of, with_outputs
+from llmtrain.screen import Screen
 from llmtrain.tokenizer import Tokenizer
 from llmtrain.topics import option_values, options, section_topic
 from llmtrain.types import DataSpec

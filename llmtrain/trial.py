@@ -17,13 +17,13 @@ from llmtrain import budget, compiler, loop
 from llmtrain.budget import Memory
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
-from llmtrain.display import Screen
 from llmtrain.hardware import Sketch
 from llmtrain.loop import Job, Length
 from llmtrain.metrics import Goal
 from llmtrain.pace import Pace, still
 from llmtrain.picks import Pick, taken
 from llmtrain.run import counted, make, make_job, picked, prepare_data, settle, sketch_of, task_of
+from llmtrain.screen import Screen
 from llmtrain.story import Origin, Scene
 from llmtrain.tasks import Task
 from llmtrain.types import Data
@@ -109,9 +109,7 @@ def trying(config: RunConfig, origin: Origin, quiet: bool = False) -> Iterator[T
     Raises:
         UserError: If the data cannot be used.
     """
-    screen = Screen()
-    if quiet:
-        screen.console.quiet, screen.live_wanted = True, False
+    screen = Screen(quiet=quiet)
     try:
         device = settle(config)
         data = prepare_data(config, screen)

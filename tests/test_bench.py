@@ -16,7 +16,7 @@ from runs import make_text, start, tiny
 
 from llmtrain import bench, hardware, tracing, trial
 from llmtrain.data.loader import Loader
-from llmtrain.display import Screen
+from llmtrain.screen import Screen
 from llmtrain.tracing import PARTS
 
 FEW = ("bench.steps=4", "bench.warmup=2", "start=false")
@@ -168,8 +168,8 @@ def test_the_bar_moves_within_a_phase_and_never_back(call, tmp_path: Path, monke
     class Terminal(Screen):
         """Keeps how the bar moves."""
 
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, quiet: bool) -> None:
+            super().__init__(quiet=quiet)
             self.live_wanted = True
 
         def preparing(self, what: str, done: int, total: int) -> None:

@@ -15,7 +15,7 @@ SCRIPT = """
 import sys
 from llmtrain.cli import main
 assert main(sys.argv[1:]) == 0
-print([name for name in ("torch._dynamo", "sympy", "google.protobuf") if name in sys.modules])
+print([name for name in ("torch._dynamo", "sympy", "google.protobuf", "rich") if name in sys.modules])
 """
 
 

@@ -67,8 +67,8 @@ class Seen:
 
     @cached_property
     def _data(self):
-        from llmtrain.display import Screen
         from llmtrain.run import prepare_data
+        from llmtrain.screen import Screen
 
         return prepare_data(self.config, Screen())
 
