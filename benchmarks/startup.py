@@ -146,11 +146,11 @@ def bare(words: list[str]) -> None:
 def ours(words: list[str]) -> None:
     """`llmtrain train` up to its first step; what it imports bit by bit comes at once, so that stages can be marked."""
     marks = Marks()
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.path.insert(0, str(HERE.parent.parent))
     from llmtrain import cli
     from llmtrain.collector import loading
 
+    cli.tell_libraries()
     marks.end("import llmtrain.cli")
     with loading():
         from llmtrain import commands

@@ -44,10 +44,7 @@ Tab completion: eval "$(llmtrain train -sc install=bash)", likewise zsh; llmtrai
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Waiting threads spin only for microseconds: where other work takes a core, a step took a third of the
-        # time that it takes with the default of 300,000 spins (docs/performance.md, with what is still open).
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    tell_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(_told(name) for name in COMMANDS)), end="")
@@ -63,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return _unknown(command)
     return _run(command, rest)
+
+
+def tell_libraries() -> None:
+    """Sets what libraries read from the environment when they are loaded, where the user has not."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Waiting threads spin only for microseconds: where other work takes a core, a step took a third of the
+        # time that it takes with the default of 300,000 spins (docs/performance.md, with what is still open).
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # pydantic would look through all packages that are installed for plugins, which nothing here has
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 def _told(command: str) -> str:

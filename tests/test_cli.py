@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Said
 
-from llmtrain import __version__
+from llmtrain import __version__, cli
 from llmtrain.build import GROUPS, parts
 from llmtrain.cli import COMMANDS
 from llmtrain.config import SECTIONS
@@ -109,6 +109,18 @@ def test_help_lists_each_command_on_a_line(call, args: tuple[str, ...]):
 
 def test_version(call):
     assert call("--version").out == f"llmtrain {__version__}\n"
+
+
+def test_libraries_are_told_what_the_user_has_not(monkeypatch: pytest.MonkeyPatch):
+    names = ("GOMP_SPINCOUNT", "PYDANTIC_DISABLE_PLUGINS")
+    for name in (*names, "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "of the user")  # so that all is put back
+        monkeypatch.delenv(name)
+    cli.tell_libraries()
+    assert [os.environ[name] for name in names] == ["10000", "__all__"]
+    monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "")
+    cli.tell_libraries()
+    assert os.environ["PYDANTIC_DISABLE_PLUGINS"] == ""
 
 
 def test_a_misspelt_command_gets_a_hint(call):
