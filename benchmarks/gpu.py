@@ -9,10 +9,10 @@ are of the device, from one optimizer step to the next, 20 steps to warm up and 
 was run is printed. Everything is printed as it comes, and a side that fails does not end the others.
 
     python benchmarks/gpu.py [--models gpt_small gpt_xl] [--sides llmtrain bare trainer] [--minutes 7.5]
-        [--nanogpt CHECKOUT] [--fp8] [--optim muon] [--json FILE] [KEY=VALUE ...]           needs the extra [bench]
+        [--nanogpt CHECKOUT] [--fp8] [--liger] [--optim muon] [--json FILE] [KEY=VALUE ...]   needs the extra [bench]
 
-Overrides are those of the sides `llmtrain`, `fp8` and `optim`. One model in 7.5 minutes gives steadier figures than
-three. `--tiny` is for trying the script itself, on any machine. The side `nano` is a plain compiled GPT written as
+Overrides are those of the sides `llmtrain`, `fp8`, `liger` and `optim`. One model in 7.5 minutes gives steadier figures
+than three. `--tiny` is for trying the script itself, on any machine. The side `nano` is a plain compiled GPT written as
 nanoGPT is; with `--nanogpt` it is the model of that checkout.
 """
 
@@ -250,6 +250,7 @@ SIDES: dict[str, Callable[..., Side]] = {
     "trainer": Trainer,
     "nano": partial(ByHand, nano=True),
     "fp8": Ours,
+    "liger": Ours,
     "optim": Ours,
 }
 
@@ -502,6 +503,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["llmtrain", "bare", "trainer"])
     parser.add_argument("--nanogpt", metavar="CHECKOUT", help="a folder with nanoGPT's model.py")
     parser.add_argument("--fp8", action="store_true", help="our loop with precision=fp8 as well")
+    parser.add_argument("--liger", action="store_true", help="our loop uncompiled with train.kernels=liger as well")
     parser.add_argument("--optim", metavar="NAME", help="our loop with another optimizer as well")
     parser.add_argument("--micro", nargs="+", type=int, help="micro-batches to try, the largest first")
     parser.add_argument("--minutes", type=float, default=7.5)
@@ -512,7 +514,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine: tries the script itself")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
-    for word, side in (("nanogpt", "nano"), ("fp8", "fp8"), ("optim", "optim")):
+    for word, side in (("nanogpt", "nano"), ("fp8", "fp8"), ("liger", "liger"), ("optim", "optim")):
         if getattr(options, word) and side not in options.sides:
             options.sides.append(side)
     if options.tiny:
@@ -544,6 +546,7 @@ class Bench:
             str(where),
         )
         more = {"llmtrain": ADAMW, "fp8": (*ADAMW, "precision=fp8"), "optim": (f"optim={options.optim}",)}
+        more["liger"] = (*ADAMW, "train.kernels=liger", "train.compile=off")
         self.rivals = [Rival(n, more.get(n, ()), list(options.micro or MICRO[model])) for n in options.sides]
         self.device: list[dict[str, float]] = []
         self.warmed = 0
@@ -719,7 +722,7 @@ class Bench:
             if other is ours:
                 continue
             ratios = [a / b for a, b in zip(self.speeds(ours), self.speeds(other), strict=False)]
-            if name in ("fp8", "optim"):
+            if name in ("fp8", "liger", "optim"):
                 wanted = FP8 if (name, self.model) == ("fp8", "gpt_xl") else None
                 goal(f"speed of {name} by that of llmtrain", [1 / ratio for ratio in ratios], wanted)
             else:

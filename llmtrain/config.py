@@ -93,6 +93,11 @@ class Train:
             with torch's flex_attention, which is compiled at the first step; this takes samples of whole blocks, no
             attention dropout and train.buckets=1. sdpa: torch's scaled_dot_product_attention everywhere, with a mask
             for every pair of tokens. Results change by rounding only.
+        kernels: What computes norms, swiglu and the rotation of rope on a GPU. torch: several kernels each, or those
+            that train.compile makes. liger: one each, of Liger (Hsu et al. 2024, arXiv:2410.10989;
+            pip install 'llmtrain[liger]'), for train.compile=off: less memory, and fewer waits for the host, without
+            the time that compiling takes. Its head and loss in one is train.head_chunk. Results change by rounding
+            only.
         seed: Start of every random number (weights, data order, dropout). Raise or lower: another draw; the
             same seed on the same machine gives the same run, bit by bit on CPU.
         device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.
@@ -117,6 +122,7 @@ class Train:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]
     profile: bool
     attention: Literal["auto", "sdpa"]
+    kernels: Literal["torch", "liger"]
     seed: Natural
     device: Literal["auto", "cpu", "cuda"]
     threads: Annotated[int, Ge(1), Le(1024)] | None

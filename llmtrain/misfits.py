@@ -18,6 +18,7 @@ from llmtrain.compiler import REPLAYING, uncompilable
 from llmtrain.config import RunConfig, Train
 from llmtrain.data.order import buckets_of, can_be_cut
 from llmtrain.distributed import world
+from llmtrain.kernels import unfused
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.losses import balanced_knobs
 from llmtrain.optim.groups import param_groups
@@ -88,7 +89,7 @@ def part_misfits(config: RunConfig, starts: bool = True) -> list[Misfit]:
             told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
             told += _unblocked(config.train, model)
             told += _inseparable(config.train, model) + _unshortened(config.train, model, spec)
-            told += _uncompiled(config.train, model)
+            told += _uncompiled(config.train, model) + _unfused(config.train, model)
     # what data is not known to be cannot be held against a model: it is told of the data already
     told += [misfit for misfit in against if spec is not None or misfit.key != "model.name"]
     with where:
@@ -332,6 +333,14 @@ def _uncompiled(train: Train | None, model: nn.Module) -> list[Misfit]:
         on_gpu = train.device is not None and hardware.choose_device(train.device).type == "cuda"
         rules.append(("replays CUDA graphs, and this device has none", not on_gpu))
     return [Misfit("train.compile_mode", train.compile_mode, rule, "default") for rule, broken in rules if broken]
+
+
+def _unfused(train: Train | None, model: nn.Module) -> list[Misfit]:
+    """A model or a device that kernels other than torch's are not for."""
+    if train is None or train.kernels != "liger" or train.device is None:
+        return []
+    why = unfused(model, hardware.choose_device(train.device), train.compile)
+    return [Misfit("train.kernels", train.kernels, *why)] if why is not None else []
 
 
 def _unshortened(train: Train | None, model: nn.Module, spec: DataSpec) -> list[Misfit]:

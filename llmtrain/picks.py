@@ -179,6 +179,8 @@ def compiling(device: str, refused: bool, train: Train, flops: float | None) -> 
         train: Its length may be one in minutes.
         flops: Of the whole run; None: not known.
     """
+    if train.kernels == "liger":
+        return "off", "train.kernels=liger goes without"
     if refused or train.buckets > MOST_COMPILED:
         return "off", "this model cannot be compiled as a whole" if refused else f"{train.buckets} lengths to compile"
     if not can_compile(device):

@@ -28,6 +28,7 @@ from llmtrain.data.order import buckets_of, order_of
 from llmtrain.distributed import rank, world
 from llmtrain.evaluate import evaluate
 from llmtrain.generate import generate
+from llmtrain.kernels import fuse
 from llmtrain.knobs import UserError
 from llmtrain.loop import Job, Length, fit, judged
 from llmtrain.losses import balanced, balanced_knobs
@@ -276,6 +277,8 @@ def make(
     model.to(device)
     if precision.convert is not None:
         precision.convert(model)
+    if config.train.kernels == "liger":
+        fuse(model)
     budget.fit_attention(model, config.train, device, precision.dtype)
     groups = param_groups(model, **vars(config.params))
     masters = Masters(model, groups, precision.rounding) if precision.rounding is not None else None

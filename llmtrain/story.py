@@ -15,6 +15,7 @@ from torch import nn
 from llmtrain import folder, hardware
 from llmtrain.checkpoint import TrainState
 from llmtrain.config import RunConfig
+from llmtrain.kernels import fused
 from llmtrain.loggers import JsonLines, TensorBoard
 from llmtrain.loop import Length
 from llmtrain.models.transformer import count_parameters
@@ -120,6 +121,8 @@ def summarize(scene: Scene, state: TrainState) -> None:
         rows.append(("attention", f"{backend} kernel" if backend else "no fused kernel"))
         if (trouble := hardware.cudnn_trouble()) is not None:
             screen.say(trouble)
+    if config.train.kernels != "torch":
+        rows.append(("kernels", f"{config.train.kernels} for {fused(scene.model)}"))
     rows += [("optimizer", _optimizer_in_words(config)), *_origin_in_words(origin), ("folder", str(scene.place))]
     screen.table("llmtrain train", rows)
     screen.begin(steps, state.step)

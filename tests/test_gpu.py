@@ -20,6 +20,7 @@ from llmtrain.compiler import REPLAYING, compiled
 from llmtrain.config import Sample
 from llmtrain.generate import tokens
 from llmtrain.init import gpt2
+from llmtrain.kernels import fuse, fused
 from llmtrain.loop import fit
 from llmtrain.losses import cross_entropy
 from llmtrain.models.layers import attend
@@ -41,6 +42,7 @@ DEVICE = torch.device("cuda")
 AMPERE = torch.cuda.get_device_capability() >= (8, 0)
 needs_ampere = pytest.mark.skipif(not AMPERE, reason="needs an NVIDIA GPU from Ampere on")
 FLOAT8 = torch.cuda.get_device_capability() >= (8, 9) and find_spec("torchao") is not None
+needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs liger-kernel")
 needs_float8 = pytest.mark.skipif(not FLOAT8, reason="needs an NVIDIA GPU from Ada or Hopper on, and torchao")
 VOCAB = 256
 CE = partial(cross_entropy, temperature=1.0, label_smoothing=0.0, z_loss=0.0, class_weights=None)
@@ -83,6 +85,8 @@ def make_run(name, scope="off", steps=20, knobs=None, **given):
     model = make_nano(**(knobs or {}))
     if numbers.convert is not None:
         numbers.convert(model)
+    if given.pop("liger", False):
+        fuse(model)
     state = make_state(model, optimizer, numbers)
     train = make_train(steps=steps, batch_size=16, accumulate=given.pop("accumulate", 1), grad_clip=1.0)
     plain = {
@@ -124,6 +128,38 @@ def test_twenty_steps_stay_near_float32(name, bound):
     assert 0 < off < bound
     assert all(p.dtype == torch.float32 for p in state.model.parameters())
     assert all(v.dtype == torch.float32 for s in state.optimizer.state.values() for v in s.values())
+
+
+@needs_liger
+@pytest.mark.parametrize(
+    ("name", "bound"), [("fp32", 1e-4), pytest.param("bf16", 1e-2, marks=needs_ampere), ("fp16", 1e-2)]
+)
+@pytest.mark.parametrize(
+    "knobs", [{"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "qk_norm": True}, {"norm": "layernorm"}]
+)
+def test_liger_gives_what_torch_does_in_less_memory(name, bound, knobs):
+    numbers = lambda: make_precision(name, init_scale=1024.0) if name == "fp16" else make_precision(name)
+    losses, peaks = [], []
+    for liger in (False, True):
+        state, job = make_run(name, precision=numbers(), knobs=knobs, liger=liger)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        assert fit(state, job) == "finished"
+        losses.append(job.watcher.losses())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del state, job
+    assert fused(make_run(name, knobs=knobs, liger=True)[0].model) and len(losses[1]) > 1
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < bound
+    assert peaks[1] < peaks[0] or "activation" not in knobs  # swiglu keeps two tensors of three
+
+
+@needs_liger
+def test_a_run_with_ligers_kernels_says_so_and_is_not_compiled(call, tmp_path):
+    words = ("model.norm=rmsnorm", "model.position=rope", "train.device=cuda", "train.kernels=liger", "run.name=run")
+    said = call(*tiny(tmp_path, *words))
+    assert said.code == 0, said.err
+    assert "liger for 3 RMSNorm, 1 Attention" in said.out and "train.compile=off" in said.out
 
 
 @needs_ampere

@@ -249,12 +249,16 @@ class Attention(nn.Module):
         if view.values is not None:
             v = torch.lerp(v, view.values, 0.5) if self.mix is None else self.mix[0] * v + self.mix[1] * view.values
         if view.rotary is not None:
-            q, k = rotate(q, *view.rotary), rotate(k, *view.rotary)
+            q, k = self.turn(q, k, *view.rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.dropout if self.training else 0.0
         y = attend(q.type_as(v), k.type_as(v), v, view.mask, view.causal, dropout, self.softcap)
         return self.out(y.transpose(1, 2).reshape(B, T, H * V)), own
+
+    def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, T, D) and keys (B, K, T, D), turned as their positions say, see `rotate`."""
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 class FeedForward(nn.Module):
@@ -262,7 +266,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str, bias: bool):
         super().__init__()
-        self.gated = activation in GATES
+        self.kind, self.gated = activation, activation in GATES
         self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)  # gated: gate first, then up
         self.down = nn.Linear(hidden, width, bias=bias)
         self.activation = ACTIVATIONS[GATES.get(activation, activation)]
@@ -273,7 +277,11 @@ class FeedForward(nn.Module):
         if not self.gated:
             return self.down(self.activation(x))
         gate, up = x.chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.join(gate, up))
+
+    def join(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Gate and up (..., F) -> (..., F)."""
+        return self.activation(gate) * up
 
 
 class DropPath(nn.Module):
