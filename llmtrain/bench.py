@@ -327,7 +327,7 @@ def _started(trial: Trial, words: Sequence[str]) -> Record:
     gc.collect()
     if trial.device.type == "cuda":
         torch.cuda.empty_cache()
-    compiled = trial.config.train.compile != "off"
+    compiled = trial.config.train.compile != "off" or trial.config.train.kernels != "torch"
     with tempfile.TemporaryDirectory(prefix="llmtrain-bench-", ignore_cleanup_errors=True) as cache:
         own = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"} if compiled else {}
         kinds = ("cold", "warm") if compiled else ("usual",)

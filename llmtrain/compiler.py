@@ -8,8 +8,11 @@ nothing is changed, and starting takes longer.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ REPLAYING = ("reduce-overhead", "max-autotune")
 
 _VARIANTS = 64
 """How often one function may be compiled: blocks that differ share theirs, and lengths and smaller pieces count too."""
+_COMPILERS = ("g++", "clang++", "c++")
 
 
 def compiled(function: Callable[..., Any], model: nn.Module, scope: str, mode: str = "default") -> Callable[..., Any]:
@@ -57,6 +61,13 @@ def uncompilable(model: nn.Module, scope: str) -> tuple[str, str] | None:
     if scope == "block" and (len(kinds) != 1 or kinds.pop().__module__.startswith("torch.")):
         return "compiles blocks that are alike, once for all of them, and this model is made of no such blocks", "model"
     return None
+
+
+def can_compile(device: str) -> bool:
+    """Whether what a type of device compiles with is there."""
+    if device == "cpu":
+        return any(map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS)))
+    return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc")))
 
 
 def never_compiled(function: Callable[..., Any]) -> None:

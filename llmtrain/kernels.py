@@ -9,7 +9,11 @@ from typing import cast
 import torch
 from torch import nn
 
+from llmtrain.compiler import can_compile
 from llmtrain.models.layers import Attention, FeedForward, HeadNorm
+
+_WIDEST = 1 << 16
+"""Numbers in a row, at most, that Liger takes."""
 
 
 def unfused(model: nn.Module, device: torch.device, scope: str) -> tuple[str, str] | None:
@@ -24,6 +28,8 @@ def unfused(model: nn.Module, device: torch.device, scope: str) -> tuple[str, st
         return f"takes a GPU: its kernels are not for this device ({device.type})", "torch"
     if find_spec("liger_kernel") is None:
         return "needs liger-kernel: pip install 'llmtrain[liger]'", "torch"
+    if not can_compile(device.type):
+        return "needs triton and a C compiler (gcc or clang), by which its kernels are made", "torch"
     if scope in ("block", "model"):
         return f"goes with train.compile=off: train.compile={scope} makes such kernels of its own", "torch"
     if not fusible(model):
@@ -39,10 +45,11 @@ def fusible(model: nn.Module) -> list[nn.Module]:
 
 def _known(module: nn.Module) -> bool:
     if type(module) is FeedForward:
-        return module.kind == "swiglu"
+        return module.kind == "swiglu" and module.down.in_features <= _WIDEST
     if type(module) in (nn.LayerNorm, nn.RMSNorm, HeadNorm):
-        last_alone = len(cast("tuple[int, ...]", module.normalized_shape)) == 1
-        return last_alone and module.weight is not None and getattr(module, "bias", module.weight) is not None
+        shape = cast("tuple[int, ...]", module.normalized_shape)
+        lacking = module.weight is None or module.eps is None or getattr(module, "bias", module.weight) is None
+        return len(shape) == 1 and shape[0] <= _WIDEST and not lacking
     return type(module) is Attention
 
 

@@ -61,7 +61,7 @@ def part_misfits(config: RunConfig, starts: bool = True) -> list[Misfit]:
         config: A config as `config.read` gives it: what has no good value is None, and is not asked about.
         starts: Whether a run is to be started, which needs a folder of its own.
     """
-    told, precision = _Told(_sizes(config) + _decays(config)), None
+    told, device, precision = _Told(_sizes(config) + _decays(config)), None, None
     if config.run is not None:
         with told.of():
             folder.check_name(config.run.name)
@@ -89,7 +89,7 @@ def part_misfits(config: RunConfig, starts: bool = True) -> list[Misfit]:
             told += _peeking(task, model) + _unscorable(task, model, spec, config.loss)
             told += _unblocked(config.train, model)
             told += _inseparable(config.train, model) + _unshortened(config.train, model, spec)
-            told += _uncompiled(config.train, model) + _unfused(config.train, model)
+            told += _uncompiled(config.train, model, device) + _unfused(config.train, model, device)
     # what data is not known to be cannot be held against a model: it is told of the data already
     told += [misfit for misfit in against if spec is not None or misfit.key != "model.name"]
     with where:
@@ -319,27 +319,27 @@ def _inseparable(train: Train | None, model: nn.Module) -> list[Misfit]:
     return [Misfit("train.head_chunk", train.head_chunk, rule, "null")]
 
 
-def _uncompiled(train: Train | None, model: nn.Module) -> list[Misfit]:
+def _uncompiled(train: Train | None, model: nn.Module, device: torch.device | None) -> list[Misfit]:
     """A model that cannot be compiled as asked, or a way to compile that nothing or no device here can take."""
     if train is None or train.compile is None:
         return []
     if train.compile != "auto" and (why := uncompilable(model, train.compile)) is not None:
         return [Misfit("train.compile", train.compile, *why)]
     rules = []
-    if train.compile == "off":
-        rules.append(("has no effect with train.compile=off", train.compile_mode not in (None, "default")))
+    if train.compile == "off" or train.kernels == "liger":
+        off = "train.compile=off" if train.compile == "off" else "train.kernels=liger, which is not compiled"
+        rules.append((f"has no effect with {off}", train.compile_mode not in (None, "default")))
     elif train.compile_mode in REPLAYING:
         rules.append(("replays a whole step; it goes with train.compile=model", train.compile == "block"))
-        on_gpu = train.device is not None and hardware.choose_device(train.device).type == "cuda"
-        rules.append(("replays CUDA graphs, and this device has none", not on_gpu))
+        rules.append(("replays CUDA graphs, and this device has none", device is None or device.type != "cuda"))
     return [Misfit("train.compile_mode", train.compile_mode, rule, "default") for rule, broken in rules if broken]
 
 
-def _unfused(train: Train | None, model: nn.Module) -> list[Misfit]:
+def _unfused(train: Train | None, model: nn.Module, device: torch.device | None) -> list[Misfit]:
     """A model or a device that kernels other than torch's are not for."""
-    if train is None or train.kernels != "liger" or train.device is None:
+    if train is None or train.kernels != "liger" or device is None:
         return []
-    why = unfused(model, hardware.choose_device(train.device), train.compile)
+    why = unfused(model, device, train.compile)
     return [Misfit("train.kernels", train.kernels, *why)] if why is not None else []
 
 

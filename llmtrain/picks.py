@@ -6,18 +6,15 @@ the model and the length of the run alone, so the same command on the same machi
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
 from llmtrain import budget, gauges, hardware
-from llmtrain.compiler import uncompilable
+from llmtrain.compiler import can_compile, uncompilable
 from llmtrain.config import RunConfig, Train
 from llmtrain.distributed import world
 from llmtrain.types import DataSpec
@@ -32,7 +29,6 @@ _MINUTES = 20
 """Length from which on it is, for a run by the clock."""
 MOST_COMPILED = 7
 """Lengths that torch compiles a block for, which is one less than it would, for the whole length is judged as well."""
-_COMPILERS = ("g++", "clang++", "c++")
 
 
 class Pick(NamedTuple):
@@ -86,29 +82,29 @@ def taken(config: RunConfig, picks: Sequence[Pick]) -> RunConfig:
     return replace(config, train=replace(config.train, **values))
 
 
-def as_before(picks: Sequence[Pick], before: Mapping[str, Any], batch_size: int, device: str = "cpu") -> list[Pick]:
+def as_before(picks: Sequence[Pick], before: Mapping[str, Any], train: Train, device: str = "cpu") -> list[Pick]:
     """The same for a run that goes on: what it picked when it began, so that nothing is rounded otherwise.
 
     Args:
         picks: Made now.
         before: The section `train` of when it began.
-        batch_size: Of now.
+        train: Of now.
         device: Its type, now.
     """
     values = [before.get(pick.key.removeprefix("train.")) for pick in picks]
     return [
         pick
-        if value in (None, "auto", pick.value) or not _still(value, batch_size, device)
+        if value in (None, "auto", pick.value) or not _still(value, train, device)
         else Pick(pick.key, value, "as before")
         for pick, value in zip(picks, values, strict=True)
     ]
 
 
-def _still(value: int | str, batch_size: int, device: str) -> bool:
+def _still(value: int | str, train: Train, device: str) -> bool:
     """Whether what was picked before can be had now."""
     if isinstance(value, str):
-        return value == "off" or can_compile(device)
-    return batch_size % (value * world()) == 0
+        return value == "off" or (can_compile(device) and train.kernels == "torch")
+    return train.batch_size % (value * world()) == 0
 
 
 def _accumulate(config: RunConfig, sketch: hardware.Sketch, device: torch.device) -> Pick:
@@ -192,10 +188,3 @@ def compiling(device: str, refused: bool, train: Train, flops: float | None) -> 
         return "off", "the length of the run is not known"
     long = flops >= _PAYS[device]
     return ("model" if long else "off"), f"a run of {short(flops)}FLOP, and from {short(_PAYS[device])}FLOP on it pays"
-
-
-def can_compile(device: str) -> bool:
-    """Whether what torch compiles with is there."""
-    if device == "cpu":
-        return any(map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS)))
-    return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc")))

@@ -173,7 +173,7 @@ def _train_in(
     source = _find_source(place, config, screen)
     record = _resume(source, state, config, data) if source is not None else {}
     if record and config.resume == "auto":
-        picks = as_before(picks, record["config"]["train"], config.train.batch_size, device.type)
+        picks = as_before(picks, record["config"]["train"], config.train, device.type)
     asked, config = config, taken(config, picks)
     screen.keep_log(place / "log.txt")
     length = Length(config.train, len(data.train), data.spec.context, pace_of(config, len(data.train), data.spec))

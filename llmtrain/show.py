@@ -271,6 +271,8 @@ def _memory_note(found: Findings) -> str:
         notes.append("together the process grows to 1.2 to 1.9 times the peak.")
     if found.config.train.compile != "off":
         notes.append("Not compiled: compiling saves less for backward.")
+    if found.config.train.kernels != "torch":
+        notes.append("Its kernels are torch's: those of train.kernels keep less of swiglu.")
     notes += [f"Picked: {pick}." for pick in found.picks]
     if budget.hides_memory(found.model, found.device):
         notes.append("The recurrent kernel hides what it keeps: activations and peak may be several times larger.")

@@ -20,7 +20,7 @@ from toy import make_gpt, make_train
 from llmtrain import hardware, kernels
 from llmtrain.kernels import fusible, unfused
 from llmtrain.misfits import part_misfits
-from llmtrain.models.layers import HeadNorm
+from llmtrain.models.layers import FeedForward, HeadNorm
 from llmtrain.picks import compiling
 
 GPU = torch.device("cuda")
@@ -79,17 +79,26 @@ def test_a_run_learns_the_same_and_leaves_what_others_read(call: Any, tmp_path: 
 )
 def test_layers_that_there_are_kernels_for(knobs: dict[str, Any], kinds: set[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "can_compile", lambda device: True)
     model = make_gpt(**knobs)
     assert {type(module).__name__ for module in fusible(model)} == kinds
     assert (unfused(model, GPU, "off") is None) == bool(kinds)
 
 
 def test_norms_of_other_shapes_and_kinds_stay():
-    kept = nn.Sequential(
-        nn.LayerNorm((2, 3)), nn.LayerNorm(3, elementwise_affine=False), nn.RMSNorm((2, 3)), nn.BatchNorm1d(3)
-    )
-    assert fusible(kept) == []
-    assert len(fusible(nn.Sequential(nn.LayerNorm(3), nn.RMSNorm(3), HeadNorm(3)))) == 3
+    kept = [
+        nn.LayerNorm((2, 3)),
+        nn.LayerNorm(3, elementwise_affine=False),
+        nn.LayerNorm(3, bias=False),
+        nn.RMSNorm((2, 3), eps=1e-6),
+        nn.RMSNorm(3),  # its eps is that of the numbers' format
+        nn.RMSNorm((1 << 16) + 1, eps=1e-6),
+        nn.BatchNorm1d(3),
+        FeedForward(2, (1 << 16) + 1, "swiglu", False),
+    ]
+    assert fusible(nn.Sequential(*kept)) == []
+    taken = [nn.LayerNorm(3), nn.RMSNorm(1 << 16, eps=1e-6), HeadNorm(3, eps=1e-6), FeedForward(2, 9, "swiglu", False)]
+    assert fusible(nn.Sequential(*taken)) == taken
 
 
 def test_what_stands_against_it_is_told(monkeypatch: pytest.MonkeyPatch):
@@ -99,8 +108,17 @@ def test_what_stands_against_it_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     rules.append(unfused(model, GPU, "off"))
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "can_compile", lambda device: False)
+    rules.append(unfused(model, GPU, "off"))
+    monkeypatch.setattr(kernels, "can_compile", lambda device: True)
     rules += [unfused(model, GPU, "model"), unfused(make_gpt(norm="none", position="alibi"), GPU, "auto")]
-    said = ["this device (cpu)", "pip install 'llmtrain[liger]'", "train.compile=model", "no kernel for any layer"]
+    said = [
+        "this device (cpu)",
+        "pip install 'llmtrain[liger]'",
+        "C compiler",
+        "train.compile=model",
+        "no kernel for any layer",
+    ]
     assert all(rule is not None and part in rule[0] for rule, part in zip(rules, said, strict=True))
     assert unfused(model, GPU, "auto") is unfused(model, GPU, "off") is None
 
@@ -111,10 +129,19 @@ def test_a_config_that_cannot_have_it_is_refused_with_the_rest(call: Any, tmp_pa
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(hardware, "choose_device", lambda name: GPU)
     monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    monkeypatch.setattr(kernels, "can_compile", lambda device: True)
     config = composed("model=lstm", "train.kernels=liger", "precision=fp32")
     assert "train.kernels" in {misfit.key for misfit in part_misfits(config)}
     config = composed(*LLAMA, "train.kernels=liger", "precision=fp32")
     assert "train.kernels" not in {misfit.key for misfit in part_misfits(config)}
+    config = composed(*LLAMA, "train.kernels=liger", "precision=fp32", "train.compile_mode=max-autotune")
+    assert "train.compile_mode" in {misfit.key for misfit in part_misfits(config)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_told_once():
+    config = composed(*LLAMA, "train.kernels=liger", "train.compile_mode=reduce-overhead", "train.device=cuda")
+    assert [misfit.key for misfit in part_misfits(config) if misfit.key.endswith("device")] == ["train.device"]
 
 
 def test_nothing_is_compiled_beside_it():

@@ -11,7 +11,7 @@ import torch
 from test_budget import composed
 from toy import CPU, make_train
 
-from llmtrain import budget, gauges, picks
+from llmtrain import budget, compiler, gauges, picks
 from llmtrain.misfits import part_misfits
 from llmtrain.picks import Pick, as_before, compiling, fewest, picks_for, taken
 from llmtrain.run import sketch_of
@@ -121,10 +121,12 @@ def test_a_run_that_goes_on_picks_as_before():
     now = [Pick("train.accumulate", 2, "new"), Pick("train.compile", "off", "new")]
     before = {"accumulate": 4, "compile": "model"}
     old = [Pick("train.accumulate", 4, "as before"), Pick("train.compile", "model", "as before")]
-    assert as_before(now, before, 8) == old
-    assert as_before(now, before, 6) == [now[0], old[1]]  # six samples cannot be split into four
-    assert as_before(now, {}, 8) == as_before(now, {"accumulate": "auto", "compile": "off"}, 8) == now
-    assert as_before([], before, 8) == []
+    assert as_before(now, before, make_train(batch_size=8)) == old
+    assert as_before(now, before, make_train(batch_size=6)) == [now[0], old[1]]  # six samples cannot be split into four
+    eight = make_train(batch_size=8)
+    assert as_before(now, {}, eight) == as_before(now, {"accumulate": "auto", "compile": "off"}, eight) == now
+    assert as_before([], before, eight) == []
+    assert as_before(now, before, make_train(batch_size=8, kernels="liger")) == [old[0], now[1]]  # not compiled
 
 
 @pytest.mark.parametrize(
@@ -147,9 +149,9 @@ def test_long_runs_are_compiled(device: str, given: Any, flops: float | None, va
 
 
 def test_nothing_is_compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(picks.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     assert compiling("cpu", False, make_train(steps=1), 1e18) == ("off", "no C++ compiler here")
-    monkeypatch.setattr(picks.shutil, "which", lambda name: name == "clang++")
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: name == "clang++")
     assert compiling("cpu", False, make_train(steps=1), 1e18)[0] == "model"
 
 
@@ -183,7 +185,7 @@ def test_parts_of_others_are_not_compiled_unasked():
 def test_a_run_that_goes_on_is_compiled_only_where_that_can_be(monkeypatch: pytest.MonkeyPatch):
     now = [Pick("train.compile", "off", "new")]
     monkeypatch.setattr(picks, "can_compile", lambda device: False)
-    assert as_before(now, {"compile": "model"}, 8) == now
+    assert as_before(now, {"compile": "model"}, make_train(batch_size=8)) == now
 
 
 def test_show_tells_what_would_be_picked(call):

@@ -82,6 +82,7 @@ def make_train(**given: Any) -> Train:
         "profile": False,
         "compile_mode": "default",
         "attention": "auto",
+        "kernels": "torch",
         "seed": 5,
         "device": "cpu",
         "threads": None,
