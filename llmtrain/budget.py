@@ -21,13 +21,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain.chunked import in_chunks
 from llmtrain.clipping import clip
 from llmtrain.config import RunConfig, Train
 from llmtrain.distributed import world
-from llmtrain.hardware import blank
+from llmtrain.hardware import FlopCounterMode, blank
 from llmtrain.masters import Masters
 from llmtrain.models.layers import Attention, FeedForward
 from llmtrain.models.transformer import Embedding

@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -68,6 +70,25 @@ def can_compile(device: str) -> bool:
     if device == "cpu":
         return any(map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS)))
     return find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc")))
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Where what is imported asks triton for its type of kernels, it is given one that nothing is.
+
+    torch's counter of FLOPs asks, and importing triton takes a tenth of a second; there are no formulas for kernels of
+    triton here.
+    """
+    name = "triton.runtime.jit"
+    known = name in sys.modules
+    if not known:
+        sys.modules[name] = stand_in = ModuleType(name)
+        stand_in.__dict__["JITFunction"] = NoneType
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules[name]
 
 
 def never_compiled(function: Callable[..., Any]) -> None:

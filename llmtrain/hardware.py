@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
 from llmtrain import compiler
 from llmtrain.knobs import ConfigError, Misfit
 from llmtrain.types import DataSpec
+
+with compiler.without_triton():
+    from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
 # Dense matrix-product peaks in FLOP/s by what the driver calls the GPU, from NVIDIA's data sheets.
 _PEAKS = {

@@ -2,20 +2,20 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from runs import tiny
 
 import llmtrain.optim  # noqa: F401  which leaves the compiler out of torch's optimizers
-from llmtrain.compiler import never_compiled
+from llmtrain.compiler import never_compiled, without_triton
 
 SCRIPT = """
 import sys
 from llmtrain.cli import main
 assert main(sys.argv[1:]) == 0
-print([name for name in ("torch._dynamo", "sympy", "google.protobuf", "rich") if name in sys.modules])
+print([name for name in ("torch._dynamo", "sympy", "google.protobuf", "rich", "triton") if name in sys.modules])
 """
 
 
@@ -23,6 +23,19 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path):
     command = [sys.executable, "-c", SCRIPT, *tiny(tmp_path, "log.tensorboard=false")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_who_asks_for_tritons_kernels_gets_those_that_are_loaded_or_none(loaded, monkeypatch):
+    name, real = "triton.runtime.jit", ModuleType("real")
+    real.__dict__["JITFunction"] = int
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, name, real)
+    with without_triton():
+        from triton.runtime.jit import JITFunction
+    assert JITFunction is (int if loaded else type(None))
+    assert sys.modules.get(name) is (real if loaded else None)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Muon])
