@@ -76,8 +76,8 @@ def can_compile(device: str) -> bool:
 def without_triton() -> Iterator[None]:
     """Where what is imported asks triton for its type of kernels, it is given one that nothing is.
 
-    torch's counter of FLOPs asks, and importing triton takes a tenth of a second; there are no formulas for kernels of
-    triton here.
+    torch's counter of FLOPs asks, and importing triton takes a quarter of a second; there are no formulas for its
+    kernels here.
     """
     name = "triton.runtime.jit"
     known = name in sys.modules
