@@ -178,7 +178,7 @@ def then_parts(result: Any, marks: Marks) -> Any:
 
     def stepped(*_: Any) -> None:
         if shape:  # else it is one of the checks
-            marks.end("first step: TensorBoard, first batch, forward, backward, update")
+            marks.end("first step: first batch, forward, backward, update")
             marks.leave(shape=shape)
 
     def made(config: Any, spec: Any, *rest: Any) -> Any:

@@ -95,8 +95,8 @@ class Train:
             for every pair of tokens. Results change by rounding only.
         kernels: What computes norms, swiglu and the rotation of rope on a GPU. torch: several kernels each, or those
             that train.compile makes. liger: one each, of Liger (Hsu et al. 2024, arXiv:2410.10989;
-            pip install 'llmtrain[liger]'), for train.compile=off: fewer waits for the host, and
-            swiglu keeps a third less. Its head and loss in one is train.head_chunk. Results change by rounding only.
+            pip install 'llmtrain[liger]'), for train.compile=off: fewer waits for the host, and swiglu keeps a third
+            less. Its head and loss in one is train.head_chunk. Results change by rounding only.
         seed: Start of every random number (weights, data order, dropout). Raise or lower: another draw; the
             same seed on the same machine gives the same run, bit by bit on CPU.
         device: auto: the GPU if there is one, else the CPU. cpu: the CPU. cuda: the GPU.

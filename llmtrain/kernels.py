@@ -66,6 +66,8 @@ def fuse(model: nn.Module) -> None:
 
 def fused(model: nn.Module) -> str:
     """Which layers of a model are computed so, in words."""
-    kinds = [type(module).__name__ for module in model.modules()]
-    found = Counter(kind.removeprefix("Liger") for kind in kinds if kind.startswith("Liger"))
+    from llmtrain.liger import FUSED
+
+    names = {swapped: kind.__name__ for kind, swapped in FUSED.items()}
+    found = Counter(names[type(module)] for module in model.modules() if type(module) in names)
     return ", ".join(f"{count} {kind}" for kind, count in found.most_common())
